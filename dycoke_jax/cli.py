@@ -1,0 +1,257 @@
+"""The command line: ``dycoke-jax``. Answers go to stdout, everything else to stderr."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dycoke_jax import __version__
+from dycoke_jax.config import PRESETS, PoolMode
+from dycoke_jax.errors import DycokeError
+
+# Heavy imports (jax, flax, PyAV) happen inside the commands, so that --help answers at once.
+
+USER_ERROR = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Fast video language models in JAX: LLaVA-OneVision and LLaVA-Video with DyCoke.",
+)
+
+
+def main() -> None:
+    """Runs the command line; a DycokeError becomes its message and exit code 2."""
+    try:
+        app()
+    except DycokeError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dycoke-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+class Dtype(StrEnum):
+    """What weights are stored and computed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Layout(StrEnum):
+    """What ``convert`` writes."""
+
+    orbax = "orbax"
+    llava_hf = "llava-hf"
+
+
+class ModeName(StrEnum):
+    """Mode of DyCoke."""
+
+    paper = "paper"
+    official = "official"
+
+
+Pool = StrEnum("Pool", list(PoolMode.__args__))  # type: ignore[attr-defined]
+Preset = StrEnum("Preset", [(name, name) for name in PRESETS])  # type: ignore[misc]
+
+
+@app.command(
+    epilog="Example: `dycoke-jax convert lmms-lab/llava-onevision-qwen2-0.5b-ov ov-0.5b "
+    "--dtype bfloat16`"
+)
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder (lmms-lab, llava-hf, converted) or hub id.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
+    to: Annotated[
+        Layout, typer.Option(help="orbax: for this library. llava-hf: for transformers.")
+    ] = Layout.orbax,
+    dtype: Annotated[Dtype | None, typer.Option(help="Change the dtype of all weights.")] = None,
+) -> None:
+    """Convert a checkpoint, bit for bit unless --dtype is given."""
+    from dycoke_jax import checkpoint
+
+    write = checkpoint.convert if to is Layout.orbax else checkpoint.export
+    with _bars() as bar:
+        write(source, destination, dtype=dtype, progress=_bytes(bar, "converting"))
+    Console(stderr=True).print(f"wrote {destination}", highlight=False)
+
+
+@app.command(epilog="Example: `dycoke-jax init tiny-random --preset tiny`")
+def init(
+    destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
+    preset: Annotated[Preset, typer.Option(help="Sizes of the model.")] = Preset("tiny"),
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.float32,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Make an untrained checkpoint (llava-hf layout): the real shapes, answers of pure noise."""
+    from dycoke_jax.checkpoint.untrained import write_untrained
+
+    with _bars() as bar:
+        write_untrained(
+            destination, PRESETS[preset.value], dtype, seed, _bytes(bar, "writing weights")
+        )
+    Console(stderr=True).print(f"wrote {destination} (random weights)", highlight=False)
+
+
+@app.command(
+    epilog='Example: `dycoke-jax generate --model ov-0.5b --video clip.mp4 --prompt "What happens?"`'
+)
+def generate(
+    model: Annotated[str, typer.Option(help="Folder or hub id of the checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    video: Annotated[Path | None, typer.Option(help="The clip; none asks the text alone.")] = None,
+    frames: Annotated[int, typer.Option(help="Frames to look at, at most.")] = 32,
+    fps: Annotated[float | None, typer.Option(help="Frames a second to look at.")] = None,
+    k: Annotated[float, typer.Option(help="DyCoke: share of redundant tokens to merge.")] = 0.7,
+    p: Annotated[float, typer.Option(help="DyCoke: share of visual KV to prune.")] = 0.7,
+    layer: Annotated[int, typer.Option(help="DyCoke: first layer that is pruned.")] = 3,
+    threshold: Annotated[
+        float, typer.Option(help="DyCoke: similarity below which the kept set is chosen anew.")
+    ] = 0.9,
+    mode: Annotated[
+        ModeName, typer.Option(help="DyCoke as in the paper or as in the published code.")
+    ] = ModeName.paper,
+    no_dycoke: Annotated[bool, typer.Option("--no-dycoke", help="Run the plain model.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among so many tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among this share of probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    system: Annotated[
+        str | None, typer.Option(help="System turn; an empty text leaves it out.")
+    ] = None,
+    time_text: Annotated[
+        bool, typer.Option("--time-text", help="Tell the model the frames' times (LLaVA-Video).")
+    ] = False,
+    pool_mode: Annotated[Pool | None, typer.Option(help="Override the config's pooling.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Compute in this; default: as stored.")] = None,
+    allow_damaged: Annotated[
+        bool, typer.Option("--allow-damaged", help="Use what can be decoded of a damaged clip.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Ask a question about a video."""
+    from dycoke_jax.compression.dycoke import DyCoke
+    from dycoke_jax.inputs.prompts import DEFAULT_SYSTEM
+    from dycoke_jax.llava_video import LlavaVideo
+
+    # Refuse bad settings and a missing clip before a large checkpoint is read.
+    compression = None if no_dycoke else DyCoke(k, layer, p, threshold, mode.value)
+    if video is not None:
+        _check_file(video)
+    console = Console(stderr=True, highlight=False)
+    with _bars() as bar:
+        llava = LlavaVideo.from_pretrained(
+            model,
+            dtype=dtype,
+            pool_mode=None if pool_mode is None else pool_mode.value,
+            progress=_bytes(bar, "loading weights"),
+        )
+        pieces = llava.generate(
+            [video],
+            [prompt],
+            compression=compression,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            frames=frames,
+            fps=fps,
+            system=DEFAULT_SYSTEM if system is None else system or None,
+            time_text=time_text,
+            allow_damaged=allow_damaged,
+            stream=True,
+            progress=_counts(bar),
+        )
+        first = next(pieces)
+    # The bars are gone: from here on the answer is shown as it comes.
+    answer = first.answer
+    if not as_json:
+        print(first.text, end="", flush=True)
+    for piece in pieces:
+        answer = piece.answer
+        if not as_json:
+            print(piece.text, end="", flush=True)
+    assert answer is not None
+    if as_json:
+        shown = dataclasses.asdict(answer)
+        shown["compression"] = None if compression is None else dataclasses.asdict(compression)
+        print(json.dumps(shown))
+        return
+    print()
+    for note in answer.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+    console.print(f"tokens: {answer.tokens}", markup=False)
+    times = answer.seconds
+    console.print(
+        f"seconds: vision {times.vision:.2f}, prefill {times.prefill:.2f}, decode "
+        f"{times.decode:.2f} (compilation included)"
+    )
+
+
+def _check_file(path: Path) -> None:
+    from dycoke_jax.errors import VideoError
+
+    if not path.exists():
+        raise VideoError(f"{path}: no such file; check the path")
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield progress
+
+
+def _counts(bars: Progress) -> Callable[[str, int, int], None]:
+    """A bar for each thing that is done."""
+    tasks: dict[str, Any] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what)
+        bars.update(tasks[what], completed=done, total=total)
+
+    return show
+
+
+def _bytes(bars: Progress, what: str) -> Callable[[int, int, str], None]:
+    show = _counts(bars)
+    mega = 1 << 20
+    return lambda done, total, _: show(f"{what} (MiB)", -(-done // mega), -(-total // mega))
+
+

@@ -1,0 +1,106 @@
+"""DyCoke (Tao et al., CVPR 2025): its settings, and what they mean for shapes."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, get_args
+
+from jaxtyping import Array, Float, Int
+
+from dycoke_jax.compression.kv_pruning import MaskedCache, WorkingSet
+from dycoke_jax.compression.ttm import merge
+from dycoke_jax.config import LlavaConfig
+from dycoke_jax.errors import ConfigError
+from dycoke_jax.generation.slots import Slots
+
+Mode = Literal["paper", "official"]
+
+
+@dataclass(frozen=True)
+class DyCoke:
+    """Temporal token merging before the language model, dynamic KV pruning while it decodes.
+
+    Two modes. ``paper`` follows the paper's text (sec. 3.2): every window of four frames is
+    treated alike, any number of frames works, kept tokens stay in raster order, and while the
+    attention of successive steps stays similar the kept set is used again. ``official`` reproduces
+    the published code (github.com/KD-TAO/DyCoke at dd74634) token for token: kept tokens in order
+    of ascending similarity, the last window's third frame whole, the last of an odd number of
+    frames lost, the last visual token never pruned, and the full cache on steps whose attention
+    is similar to the step before.
+
+    Attributes:
+        k: share of a compared frame's tokens that merging drops, in [0, 1). 0 merges nothing.
+        layer: first layer (from 0) that attends to the pruned cache, in 1..layers-1; the layer
+            before it gives the scores.
+        p: share of the merged visual tokens that layers from ``layer`` on do not attend to while
+            decoding, in [0, 1). 0 prunes nothing.
+        threshold: cosine similarity of the attention of successive steps below which the kept set
+            is chosen anew, in (0, 1]. The paper gives no number; 0.9 is the published code's.
+        mode: ``paper`` or ``official``.
+
+    Raises:
+        ConfigError: naming the setting and its range.
+    """
+
+    k: float = 0.7
+    layer: int = 3
+    p: float = 0.7
+    threshold: float = 0.9
+    mode: Mode = "paper"
+
+    def __post_init__(self) -> None:
+        for name, value in (("k", self.k), ("p", self.p)):
+            if not 0 <= value < 1:
+                raise ConfigError(f"DyCoke: {name} is {value}; it must lie in [0, 1)")
+        if not 0 < self.threshold <= 1:
+            raise ConfigError(f"DyCoke: threshold is {self.threshold}; it must lie in (0, 1]")
+        if self.layer < 1:
+            raise ConfigError(f"DyCoke: layer is {self.layer}; it must lie in 1..layers-1")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"DyCoke: mode is {self.mode!r}; it must be paper or official")
+
+    def check(self, config: LlavaConfig, frames: int) -> None:
+        """Refuses what cannot work on this model or clip.
+
+        Raises:
+            ConfigError: with the allowed range, or why the published code has no answer.
+        """
+        if self.layer >= config.text.num_layers:
+            raise ConfigError(
+                f"DyCoke: layer is {self.layer}; with {config.text.num_layers} layers it must lie "
+                f"in 1..{config.text.num_layers - 1}"
+            )
+        if self.mode == "official" and config.newline != "one_token":
+            raise ConfigError(
+                "DyCoke: mode official covers the one_token newline layout only: the published "
+                f"code never merges tokens in the {config.newline} layout and fails at the first "
+                "decoding step; use mode paper"
+            )
+        if self.mode == "official" and frames < 5:
+            raise ConfigError(
+                f"DyCoke: mode official needs at least 5 frames, not {frames}: the published code "
+                "fails on shorter clips; use mode paper"
+            )
+
+    def merge(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"] | None:
+        """Stage 1, see ``ttm.merge``; None where no token is dropped or moved."""
+        if self.mode == "paper" and self.k == 0:
+            return None
+        kept = self._kept(features.shape[2], self.k)
+        return merge(features, kept, official=self.mode == "official")
+
+    def decode_pruning(self, slots: Slots, tokens: int) -> WorkingSet | MaskedCache | None:
+        """Stage 2, see ``kv_pruning``; None where nothing is pruned."""
+        if self.p == 0 or tokens == 0:
+            return None
+        if self.mode == "official":
+            # The published code leaves the last visual token out of its candidates.
+            kept = self._kept(tokens - 1, self.p)
+            return MaskedCache(self.layer, kept, self.threshold, slots)
+        protected = slots.visual - tokens
+        return WorkingSet(self.layer, self._kept(tokens, self.p), protected, self.threshold, slots)
+
+    def _kept(self, count: int, dropped: float) -> int:
+        if self.mode == "official":
+            return int((1 - dropped) * count)  # the published expression, float rounding included
+        # Exact in decimal: (1 - 0.9) * 20 is 2, where floats give 1.9999999999999996.
+        return int((1 - Fraction(str(dropped))) * count)

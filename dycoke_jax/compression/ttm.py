@@ -1,0 +1,76 @@
+"""Temporal token merging, stage 1 of DyCoke (paper, sec. 3.2 and eq. 3)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def merge(
+    features: Float[Array, "B F N D"], kept: int, *, official: bool = False
+) -> Int[Array, "B M"]:
+    """Chooses the visual tokens that enter the language model.
+
+    Frames are taken in windows of four, f0 f1 f2 f3. f0 stays whole; f1 is compared with f0, f3
+    with f2 and f2 with f0, token by token at the same place; of a compared frame the ``kept``
+    tokens that are least similar stay. Nothing is averaged: merging means that the redundant copy
+    goes. A short last window follows the same rules for the frames that it has.
+
+    One vectorised operation: which frame is compared with which is known from F alone.
+
+    Args:
+        features: pooled visual tokens of B clips, newlines not among them, any float dtype;
+            similarity is computed in float32.
+        kept: tokens to keep of each compared frame, 0..N.
+        official: follow the published code instead: kept tokens of a frame
+            in order of ascending similarity, the third frame of the last window whole where it
+            ends the clip, the last of an odd number of frames dropped. F must be at least 5.
+
+    Returns:
+        Indices into the F * N tokens of each clip, frame by frame; within a frame in raster order
+        (``official``: ascending similarity). M depends on F, N and ``kept`` only. Equal
+        similarities are resolved by the lower index first; identical tokens have similarity
+        exactly 1.
+    """
+    batch, frames, tokens, _ = features.shape
+    reference = _references(frames, official)
+    last = frames - frames % 2 if official else frames
+    whole = np.array([f for f in range(last) if f not in reference], np.int32)
+    compared = np.array(sorted(reference), np.int32)
+    others = np.array([reference[f] for f in sorted(reference)], np.int32)
+
+    similarity = _cosine(features[:, compared], features[:, others])
+    _, places = jax.lax.top_k(-similarity, kept)
+    if not official:
+        places = jnp.sort(places, axis=-1)
+
+    # Both kinds of frames side by side, then one static permutation that puts frames in order.
+    of_whole = whole[:, None] * tokens + np.arange(tokens, dtype=np.int32)
+    of_compared = places.astype(jnp.int32) + (compared * tokens)[None, :, None]
+    candidates = jnp.concatenate(
+        [
+            jnp.broadcast_to(jnp.asarray(of_whole).reshape(1, -1), (batch, of_whole.size)),
+            of_compared.reshape(batch, -1),
+        ],
+        axis=1,
+    )
+    frame_of = np.concatenate([np.repeat(whole, tokens), np.repeat(compared, kept)])
+    return candidates[:, np.argsort(frame_of, kind="stable")]
+
+
+def _references(frames: int, official: bool) -> dict[int, int]:
+    """Which frame each compared frame is compared with."""
+    odd = {f: f - 1 for f in range(1, frames, 2)}
+    third = {f: f - 2 for f in range(2, frames, 4)}
+    if official:
+        # The published loop runs over range(0, F - 4, 4) and so misses a last, full window.
+        third = {f: other for f, other in third.items() if other < frames - 4}
+    return odd | third
+
+
+def _cosine(a: Float[Array, "B C N D"], b: Float[Array, "B C N D"]) -> Float[Array, "B C N"]:
+    """Cosine similarity in float32; 0 where a vector is zero, exactly 1 where both are equal."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    # The three sums are alike, so equal vectors give equal sums s, and s / sqrt(s * s) is 1.
+    product, norm_a, norm_b = (a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)
+    return product / jnp.maximum(jnp.sqrt(norm_a * norm_b), jnp.finfo(jnp.float32).tiny)

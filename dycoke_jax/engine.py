@@ -1,0 +1,325 @@
+"""Batches: requests whose shapes agree go through vision, prefill and decoding together."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.config import LlavaConfig
+from dycoke_jax.errors import RequestError
+from dycoke_jax.generation.assemble import TextIds
+from dycoke_jax.generation.decode import decode
+from dycoke_jax.generation.encode import encode
+from dycoke_jax.generation.layout import plan
+from dycoke_jax.generation.prefill import prefill
+from dycoke_jax.generation.sampling import Sampling
+from dycoke_jax.generation.state import DecodeState, Limits
+from dycoke_jax.inputs.prompts import Prompt
+from dycoke_jax.models.llava import Params
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+# The smallest bucket of each segment; larger ones double. Few shapes, few compilations.
+MIN_PREFIX, MIN_QUESTION, MIN_GENERATED, STOP_SLOTS = 16, 32, 32, 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question, ready for the device."""
+
+    prompt: Prompt
+    frames: UInt8[np.ndarray, "F height width 3"] | None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not self.temperature >= 0:
+            raise RequestError(f"temperature is {self.temperature}; it must be 0 or more")
+        if self.top_k < 0:
+            raise RequestError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if not 0 <= self.seed < 2**31:
+            raise RequestError(f"seed is {self.seed}; it must lie in 0..2**31 - 1")
+
+    @property
+    def num_frames(self) -> int:
+        """F, or 0 without video."""
+        return 0 if self.frames is None else len(self.frames)
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What a request's arrays really held, counted on the device.
+
+    Attributes:
+        prompt: tokens of the whole prompt as the language model read it.
+        visual: visual tokens of the clip before merging (F * N).
+        merged: visual tokens that entered the language model.
+        newlines: learned newline tokens among them, not counted in ``merged``.
+        attended: for each decoding step (the token after the first is the first step), visual
+            tokens that the pruned layers attended to; layers below ``DyCoke.layer`` attend to
+            all ``merged``. Without pruning every entry is ``merged``.
+        refreshes: steps at which the attended set was chosen anew.
+        generated: tokens of the answer, a stop token included.
+    """
+
+    prompt: int
+    visual: int
+    merged: int
+    newlines: int
+    attended: tuple[int, ...]
+    refreshes: int
+    generated: int
+
+    def __str__(self) -> str:
+        if not self.visual:
+            return f"{self.prompt} prompt, no video"
+        seen = sorted(set(self.attended))
+        if not seen:
+            steps = "no decoding step"
+        elif len(seen) == 1:
+            steps = f"{seen[0]} attended per step"
+        else:
+            mean = sum(self.attended) / len(self.attended)
+            steps = f"{seen[0]}..{seen[-1]} attended per step (mean {mean:.0f})"
+        return f"{self.visual} visual -> {self.merged} after merging -> {steps}"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time of a request's batch, compilation included where it was the first of its shape."""
+
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The state of one row: final where ``finish_reason`` is set."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    """``stop`` (a stop token, the last of ``token_ids``), ``length``, or None if it goes on."""
+    tokens: TokenCounts
+    seconds: Seconds
+
+
+def run_batch(
+    config: LlavaConfig,
+    params: Params,
+    requests: Sequence[Request],
+    compression: Compressor | None,
+    stop_ids: Sequence[int],
+    *,
+    stream_every: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[list[Generated]]:
+    """Answers requests together; each row equals the same request alone.
+
+    Args:
+        config: the model.
+        params: its weights.
+        requests: all with the same number of frames (0 for none).
+        compression: method and settings, or None for the plain model.
+        stop_ids: ids that end an answer, at most 8.
+        stream_every: yield after the first token and then after every so many; None yields once,
+            at the end.
+        progress: called while frames are encoded and tokens generated.
+
+    Raises:
+        RequestError: if a request does not fit the model's positions.
+        ConfigError: if the compression cannot work on this model or clip length.
+    """
+    frames = requests[0].num_frames
+    if not frames:
+        compression = None  # nothing to compress: share the plain model's programs
+    generated = bucket(max(r.max_new_tokens for r in requests), MIN_GENERATED)
+    rows = bucket(len(requests), 1)
+    text = _text(requests, rows)
+    layout = plan(
+        config, frames, text.prefix.shape[1], text.question.shape[1], generated, compression
+    )
+    _check_lengths(config, requests, layout.slots.visual)
+    sampling, limits = _sampling(requests, rows), _limits(requests, rows, stop_ids)
+
+    clock = [time.perf_counter()]
+    features = None
+    if frames:
+        features = _features(config, params, requests, rows, progress)
+        features.block_until_ready()
+    clock.append(time.perf_counter())
+    if progress:
+        progress("reading the prompt", 0, 1)
+    state = prefill(
+        config,
+        params,
+        features,
+        text,
+        sampling,
+        limits,
+        compression=compression,
+        pruning=layout.pruning,
+        generated=generated,
+    )
+    state.token.block_until_ready()
+    clock.append(time.perf_counter())
+    if progress:
+        progress("reading the prompt", 1, 1)
+
+    longest = max(r.max_new_tokens for r in requests)
+    step, done = 1, bool(state.done.all())
+    while True:
+        if stream_every is not None or done or step >= longest:
+            final = done or step >= longest
+            clock[3:] = [time.perf_counter()]
+            yield _results(config, requests, state, clock)
+            if final:
+                return
+        until = longest if stream_every is None else min(step + stream_every, longest)
+        state = decode(
+            config,
+            params,
+            state,
+            sampling,
+            limits,
+            jnp.int32(until),
+            pruning=layout.pruning,
+            slots=layout.slots,
+        )
+        step, done = int(state.step), bool(state.done.all())
+        if progress:
+            progress("generating", step, longest)
+
+
+def bucket(size: int, least: int) -> int:
+    """The smallest of least, 2 * least, 4 * least, ... that holds ``size``."""
+    while least < size:
+        least *= 2
+    return least
+
+
+def _check_lengths(config: LlavaConfig, requests: Sequence[Request], visual: int) -> None:
+    for request in requests:
+        prompt = len(request.prompt.before) + visual + len(request.prompt.after)
+        if prompt + request.max_new_tokens > config.text.max_positions:
+            raise RequestError(
+                f"a prompt of {prompt} tokens ({visual} of them visual) and "
+                f"{request.max_new_tokens} new ones exceed the model's "
+                f"{config.text.max_positions} positions; use fewer frames or a shorter text"
+            )
+
+
+def _features(
+    config: LlavaConfig,
+    params: Params,
+    requests: Sequence[Request],
+    rows: int,
+    progress: Progress | None,
+) -> Float[Array, "B F N D"]:
+    clips = [request.frames for request in requests if request.frames is not None]
+    done, total = 0, sum(map(len, clips))
+
+    def count(frames: int) -> None:
+        nonlocal done
+        done += frames
+        assert progress is not None
+        progress("encoding frames", done, total)
+
+    features = encode(config, params, clips, count if progress else None)
+    # Empty places of the batch get zeros: encoding frames for them would be work for nothing.
+    return jnp.pad(features, ((0, rows - len(clips)), (0, 0), (0, 0), (0, 0)))
+
+
+def _text(requests: Sequence[Request], rows: int) -> TextIds:
+    prefixes = [request.prompt.before for request in requests]
+    questions = [request.prompt.after for request in requests]
+    longest = max(map(len, prefixes))
+    prefix, prefix_length = _pad(prefixes, rows, bucket(longest, MIN_PREFIX) if longest else 0)
+    longest = max(map(len, questions))
+    question, question_length = _pad(questions, rows, bucket(longest, MIN_QUESTION))
+    return TextIds(prefix, prefix_length, question, question_length)
+
+
+def _pad(
+    ids: Sequence[tuple[int, ...]], rows: int, width: int
+) -> tuple[Int[np.ndarray, "B width"], Int[np.ndarray, "B"]]:
+    table, length = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    for row, values in enumerate(ids):
+        table[row, : len(values)] = values
+        length[row] = len(values)
+    # An empty place reads one token, so that it has a last one to score.
+    length[len(ids) :] = min(width, 1)
+    return table, length
+
+
+def _sampling(requests: Sequence[Request], rows: int) -> Sampling:
+    def column(values: list, kind: type, empty: float) -> np.ndarray:
+        return np.array(values + [empty] * (rows - len(values)), kind)
+
+    return Sampling(
+        temperature=column([r.temperature for r in requests], np.float32, 0),
+        top_k=column([r.top_k for r in requests], np.int32, 0),
+        top_p=column([r.top_p for r in requests], np.float32, 1),
+        seed=column([r.seed for r in requests], np.int32, 0),
+    )
+
+
+def _limits(requests: Sequence[Request], rows: int, stop_ids: Sequence[int]) -> Limits:
+    if len(stop_ids) > STOP_SLOTS:
+        raise RequestError(f"{len(stop_ids)} stop ids were given; at most {STOP_SLOTS} work")
+    stops = np.full((rows, STOP_SLOTS), -1, np.int32)
+    stops[:, : len(stop_ids)] = list(stop_ids)
+    most = np.zeros(rows, np.int32)
+    most[: len(requests)] = [request.max_new_tokens for request in requests]
+    return Limits(max_new_tokens=jnp.asarray(most), stop_ids=jnp.asarray(stops))
+
+
+def _results(
+    config: LlavaConfig, requests: Sequence[Request], state: DecodeState, clock: list[float]
+) -> list[Generated]:
+    # One transfer for everything that the host wants to know.
+    small = (state.tokens, state.count, state.done, state.stopped, state.length)
+    counts = (state.visual, state.newlines, state.attended, state.refreshed)
+    (tokens, count, done, stopped, length), (visual, newlines, attended, refreshed) = (
+        jax.device_get((small, counts))
+    )
+    start, encoded, read, now = clock
+    seconds = Seconds(encoded - start, read - encoded, now - read)
+    results = []
+    for row, request in enumerate(requests):
+        steps = slice(1, int(count[row]))
+        seen = attended[row, steps]
+        if state.pruned is None:
+            seen = np.full_like(seen, visual[row])
+        results.append(
+            Generated(
+                token_ids=tuple(tokens[row, : count[row]].tolist()),
+                finish_reason=None
+                if not done[row]
+                else ("stop" if stopped[row] else "length"),
+                tokens=TokenCounts(
+                    prompt=int(length[row]),
+                    visual=request.num_frames * config.tokens_per_frame,
+                    merged=int(visual[row]),
+                    newlines=int(newlines[row]),
+                    attended=tuple(seen.tolist()),
+                    refreshes=int(refreshed[row, steps].sum()),
+                    generated=int(count[row]),
+                ),
+                seconds=seconds,
+            )
+        )
+    return results

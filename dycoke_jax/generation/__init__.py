@@ -1,0 +1,1 @@
+"""From visual features and prompt ids to generated ids, compiled."""

@@ -1,0 +1,108 @@
+"""Generates the tokens after the first: the whole loop is one compiled call."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dycoke_jax.compression.protocol import DecodePruning
+from dycoke_jax.config import LlavaConfig
+from dycoke_jax.generation.sampling import Sampling, sample
+from dycoke_jax.generation.slots import Slots
+from dycoke_jax.generation.state import DecodeState, Limits, take_token
+from dycoke_jax.models.llava import Llava, Params, bind
+
+
+# The state is donated: the caches are updated where they lie instead of being copied.
+@partial(jax.jit, static_argnames=("config", "pruning", "slots"), donate_argnames="state")
+def decode(
+    config: LlavaConfig,
+    params: Params,
+    state: DecodeState,
+    sampling: Sampling,
+    limits: Limits,
+    until: Int[Array, ""],
+    *,
+    pruning: DecodePruning | None,
+    slots: Slots,
+) -> DecodeState:
+    """Goes on until every row is done or ``until`` tokens are there.
+
+    Args:
+        config: the model (static).
+        params: its weights.
+        state: from ``prefill`` or an earlier call; donated.
+        sampling: as given to ``prefill``.
+        limits: likewise.
+        until: at most ``slots.generated``; traced, so that streaming in pieces of any size uses
+            the program of the whole.
+        pruning: as given to ``prefill`` (static).
+        slots: the layout of the cache (static).
+    """
+    model = bind(config, params)
+    until = jnp.minimum(until, slots.generated)
+
+    def more(state: DecodeState) -> Array:
+        return (state.step < until) & ~state.done.all()
+
+    def body(state: DecodeState) -> DecodeState:
+        logits, state = decode_step(model, state, pruning, slots)
+        return take_token(state, sample(logits, sampling, state.step), limits)
+
+    return jax.lax.while_loop(more, body, state)
+
+
+def decode_step(
+    model: Llava, state: DecodeState, pruning: DecodePruning | None, slots: Slots
+) -> tuple[Float[Array, "B L"], DecodeState]:
+    """Reads ``state.token`` of each row into the caches and scores the token that follows.
+
+    All rows write to the same slot, the ``step``-th of the generated ones, whatever their lengths:
+    one slice update a layer, in place, with nothing to gather on a sharded batch.
+    """
+    language = model.language_model
+    index = state.step - 1  # of the token being read, among the generated ones
+    x = language.embed_tokens(state.token[:, None])
+    rope = language.rope((state.length + index)[:, None])
+    slot = slots.prompt + index
+    mark = jnp.ones((x.shape[0], 1), bool)
+    valid = jax.lax.dynamic_update_slice_in_dim(state.valid, mark, slot, axis=1)
+
+    caches, scores = [], None
+    for number, cache in enumerate(state.caches):
+        with jax.named_scope(f"layer_{number}"):
+            x, cache, weights = language.layers[number].decode(x, rope, cache, slot, valid)
+        caches.append(cache)
+        scores = weights
+    state = replace(state, caches=caches, valid=valid)
+
+    if pruning is not None:
+        assert scores is not None  # pruning.layer is at least 1
+        with jax.named_scope("kv_pruning"):
+            visual = scores[:, :, slots.visual_range].mean(1)
+            pruned = pruning.update(state.pruned, visual, index, ~state.done)
+        late = []
+        for number, cache in enumerate(pruned.caches, start=len(caches)):
+            slot = cache.keys.shape[2] - slots.generated + index
+            with jax.named_scope(f"layer_{number}"):
+                x, cache, _ = language.layers[number].decode(x, rope, cache, slot, pruned.valid)
+            late.append(cache)
+        state = _record(replace(state, pruned=replace(pruned, caches=late)))
+    return model.logits(language.norm(x)[:, 0]), state
+
+
+def _record(state: DecodeState) -> DecodeState:
+    """Notes what the pruned layers saw, beside the token that this step is about to make."""
+
+    def note(log: Array, column: Array) -> Array:
+        column = jnp.where(state.done, 0, column).astype(log.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(log, column[:, None], state.step, axis=1)
+
+    pruned = state.pruned
+    return replace(
+        state,
+        attended=note(state.attended, pruned.attended),
+        refreshed=note(state.refreshed, pruned.refreshed),
+    )

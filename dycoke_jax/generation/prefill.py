@@ -1,0 +1,112 @@
+"""Reads the prompts: merges visual tokens, fills the key/value caches, gives the first token."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dycoke_jax.compression.protocol import Compressor, DecodePruning
+from dycoke_jax.config import LlavaConfig
+from dycoke_jax.generation.assemble import TextIds, Visual, place_newlines, text_valid
+from dycoke_jax.generation.sampling import Sampling, sample
+from dycoke_jax.generation.state import DecodeState, Limits, take_token
+from dycoke_jax.models.llava import Llava, Params, bind
+from dycoke_jax.models.qwen2 import KV, positions_of
+
+
+@partial(jax.jit, static_argnames=("config", "compression", "pruning", "generated"))
+def prefill(
+    config: LlavaConfig,
+    params: Params,
+    features: Float[Array, "B F N D"] | None,
+    text: TextIds,
+    sampling: Sampling,
+    limits: Limits,
+    *,
+    compression: Compressor | None,
+    pruning: DecodePruning | None,
+    generated: int,
+) -> DecodeState:
+    """Reads B prompts and chooses their first tokens, in one compiled call.
+
+    Args:
+        config: the model (static).
+        params: its weights.
+        features: pooled visual tokens of one clip a row, or None for prompts without video.
+        text: ids before and after the clip.
+        sampling: how each row chooses.
+        limits: when each row stops.
+        compression: method and settings (static); None traces nothing of compression.
+        pruning: its second stage for this layout (static), see ``layout.plan``.
+        generated: slots to make for generated tokens (static).
+    """
+    model = bind(config, params)
+    if features is None:
+        visual = no_visual(config, text.question.shape[0])
+    else:
+        kept = None if compression is None else compression.merge(features)
+        newline = model.image_newline[...]
+        visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
+    x, caches, valid = read_prompt(model, visual, text)
+    last = x.shape[1] - text.question.shape[1] + text.question_length - 1
+    logits = model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    state = start(caches, valid, visual, limits, pruning, generated)
+    return take_token(state, sample(logits, sampling, jnp.int32(0)), limits)
+
+
+def read_prompt(
+    model: Llava, visual: Visual, text: TextIds
+) -> tuple[Float[Array, "B T D"], list[KV], Bool[Array, "B T"]]:
+    """The normed state of every prompt slot, each layer's keys and values, and the valid slots."""
+    embed = model.language_model.embed_tokens
+    prefix, question = embed(text.prefix), embed(text.question)
+    x = jnp.concatenate([prefix, visual.embeds.astype(prefix.dtype), question], axis=1)
+    prefix_valid, question_valid = text_valid(text)
+    valid = jnp.concatenate([prefix_valid, visual.valid, question_valid], axis=1)
+    x, caches = model.language_model.prefill(x, positions_of(valid), valid)
+    return x, caches, valid
+
+
+def start(
+    caches: list[KV],
+    valid: Bool[Array, "B T"],
+    visual: Visual,
+    limits: Limits,
+    pruning: DecodePruning | None,
+    generated: int,
+) -> DecodeState:
+    """Makes room for generated tokens, and hands the later layers' caches to the pruning."""
+    batch = valid.shape[0]
+    length = valid.sum(1, dtype=jnp.int32)
+    caches = [
+        KV(*(jnp.pad(x, ((0, 0), (0, 0), (0, generated), (0, 0))) for x in cache))
+        for cache in caches
+    ]
+    valid = jnp.pad(valid, ((0, 0), (0, generated)))
+    pruned = None
+    if pruning is not None:
+        pruned = pruning.start(caches[pruning.layer :], valid, visual.is_visual)
+        caches = caches[: pruning.layer]
+    return DecodeState(
+        step=jnp.int32(0),
+        token=jnp.zeros(batch, jnp.int32),
+        tokens=jnp.zeros((batch, generated), jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        done=limits.max_new_tokens <= 0,
+        stopped=jnp.zeros(batch, bool),
+        length=length,
+        visual=(visual.valid & visual.is_visual).sum(1, dtype=jnp.int32),
+        newlines=(visual.valid & ~visual.is_visual).sum(1, dtype=jnp.int32),
+        caches=caches,
+        valid=valid,
+        pruned=pruned,
+        attended=jnp.zeros((batch, generated), jnp.int32),
+        refreshed=jnp.zeros((batch, generated), bool),
+    )
+
+
+def no_visual(config: LlavaConfig, batch: int) -> Visual:
+    """The empty visual segment of prompts without video."""
+    empty = jnp.zeros((batch, 0), bool)
+    return Visual(jnp.zeros((batch, 0, config.text.hidden_size)), empty, empty)

@@ -1,0 +1,34 @@
+"""Where the parts of a sequence lie in arrays of fixed shape."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Sizes of the four segments of a key/value cache, one after another.
+
+        prefix | visual | question | generated
+
+    Rows of a batch differ in how many prefix and question slots they fill; an empty slot is marked
+    invalid and takes no position. Newlines lie among the visual slots.
+    """
+
+    prefix: int
+    visual: int
+    question: int
+    generated: int
+
+    @property
+    def prompt(self) -> int:
+        """Slots before the generated ones (T)."""
+        return self.prefix + self.visual + self.question
+
+    @property
+    def total(self) -> int:
+        """All slots (S)."""
+        return self.prompt + self.generated
+
+    @property
+    def visual_range(self) -> slice:
+        """The visual slots."""
+        return slice(self.prefix, self.prefix + self.visual)

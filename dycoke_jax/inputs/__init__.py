@@ -1,0 +1,40 @@
+"""From a clip and a question to what the model takes: uint8 frames and token ids.
+
+Everything here runs on the host and touches no device.
+"""
+
+from dycoke_jax.inputs.frames import resize
+from dycoke_jax.inputs.prompts import (
+    DEFAULT_SYSTEM,
+    Prompt,
+    Tokenizer,
+    build_prompt,
+    load_tokenizer,
+    stop_ids,
+    time_instruction,
+)
+from dycoke_jax.inputs.video import (
+    Clip,
+    Sampling,
+    clip_from_array,
+    frame_indices,
+    frame_times,
+    read_clip,
+)
+
+__all__ = [
+    "DEFAULT_SYSTEM",
+    "Clip",
+    "Prompt",
+    "Sampling",
+    "Tokenizer",
+    "build_prompt",
+    "clip_from_array",
+    "frame_indices",
+    "frame_times",
+    "load_tokenizer",
+    "read_clip",
+    "resize",
+    "stop_ids",
+    "time_instruction",
+]

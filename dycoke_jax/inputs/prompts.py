@@ -1,0 +1,325 @@
+r"""From a question or a conversation to token ids around the place of the video.
+
+The template is ChatML as Qwen2 was tuned on it (``conv_templates["qwen_1_5"]`` of LLaVA-NeXT)::
+
+    <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n
+    <|im_start|>user\n<video>\n{question}<|im_end|>\n<|im_start|>assistant\n
+
+Control tokens enter by their id only, and text never yields one: whatever a user types, the turns
+stay as they were given. For text without control strings the ids are those of the reference.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from dycoke_jax.errors import CheckpointError, PromptError
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+"""What the system turn says unless the caller sets another text."""
+
+_TURN_START = "<|im_start|>"
+_TURN_END = "<|im_end|>"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What this package asks of a tokenizer; transformers' fast tokenizers have it."""
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The ``tokenizers.Tokenizer`` that does the work."""
+
+    @property
+    def eos_token_id(self) -> Any:
+        """The id that ends a text, or None."""
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Text of ids."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of one request, cut where the video's tokens go.
+
+    Attributes:
+        before: ids ahead of the video; empty without a video.
+        after: ids behind the video; all of them without a video.
+        has_video: whether a video belongs between the two.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    has_video: bool
+
+
+def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
+    """Loads a checkpoint's tokenizer from a local folder, without network and remote code.
+
+    Args:
+        folder: folder with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` together with
+            ``tokenizer_config.json``.
+
+    Returns:
+        A fast tokenizer of transformers.
+
+    Raises:
+        CheckpointError: if there is no folder or no tokenizer in it, if it has no fast
+            implementation, or if it lacks the control tokens of ChatML.
+    """
+    # Not at the top: transformers takes seconds to import, and imports torch where it finds it.
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
+    files = Path(folder)
+    if not files.is_dir():
+        raise CheckpointError(f"{fspath(folder)}: no such folder to load a tokenizer from")
+    if (files / "tokenizer.json").exists():
+        kind: Any = AutoTokenizer
+    elif (files / "vocab.json").exists() and (files / "merges.txt").exists():
+        # AutoTokenizer would go by the model type of config.json, which in the lmms-lab layout is
+        # "llava" and names another tokenizer.
+        kind = Qwen2Tokenizer
+    else:
+        raise CheckpointError(
+            f"{fspath(folder)}: no tokenizer in this folder; copy tokenizer.json and "
+            "tokenizer_config.json of the checkpoint into it"
+        )
+    try:
+        tokenizer = kind.from_pretrained(
+            fspath(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise many kinds, bare ones too
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{fspath(folder)}: its tokenizer cannot be loaded ({reason}); copy tokenizer.json and "
+            "tokenizer_config.json of the checkpoint again"
+        ) from error
+    if not isinstance(tokenizer, Tokenizer):
+        raise CheckpointError(
+            f"{fspath(folder)}: {type(tokenizer).__name__} has no fast implementation; "
+            "save it again with a tokenizer.json"
+        )
+    try:
+        _control_ids(tokenizer)
+    except PromptError as error:
+        raise CheckpointError(f"{fspath(folder)}: {error}") from None
+    return tokenizer
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Mapping[str, Any]],
+    *,
+    system: str | None = DEFAULT_SYSTEM,
+    has_video: bool,
+    time_instruction: str | None = None,
+) -> Prompt:
+    r"""Writes a question or a conversation as token ids.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        prompt: the question, which follows the video and a newline; or a conversation, a list of
+            ``{"role": "system" | "user" | "assistant", "content": ...}`` whose content is a text
+            or a list of ``{"type": "text", "text": ...}`` and ``{"type": "video"}``. The last
+            turn is the user's. Texts of one turn are joined as they are; a newline follows the
+            video where anything follows it in its turn. Without a video part the video opens the
+            first user turn.
+        system: text of the system turn, None for no such turn. A system message in the
+            conversation replaces it.
+        has_video: whether the request comes with a video.
+        time_instruction: sentence about the frames' times (LLaVA-Video), put between the video's
+            newline and the text behind it, with a newline of its own.
+
+    Returns:
+        The ids before and after the video. They end where the assistant's answer begins.
+
+    Raises:
+        PromptError: if the conversation cannot be written in this template; the message says
+            which turn and what to do.
+    """
+    if time_instruction is not None and not has_video:
+        raise PromptError("a time instruction needs a video; leave it out for a text-only request")
+    turns = _as_turns(prompt, has_video)
+    if turns[0].role != "system" and system is not None:
+        turns = [_Turn("system", system, None), *turns]
+
+    start, end = _control_ids(tokenizer)
+    before: list[int] = []
+    ids: list[int] = []
+    for turn in turns:
+        head = f"{turn.role}\n{turn.text}"
+        ids.append(start)
+        # Text between two control tokens is encoded in one go, template words included, because
+        # byte pairs may merge across the seam. The reference does the same.
+        ids += _encode_text(tokenizer, head)
+        if turn.behind_video is not None:
+            before, ids = ids, []
+            tail = [text for text in (time_instruction, turn.behind_video) if text]
+            ids += _encode_text(tokenizer, "".join("\n" + text for text in tail))
+        ids.append(end)
+        ids += _encode_text(tokenizer, "\n")
+    ids.append(start)
+    ids += _encode_text(tokenizer, "assistant\n")
+    return Prompt(tuple(before), tuple(ids), has_video)
+
+
+def time_instruction(clip_duration: float, times: Sequence[float]) -> str:
+    """The sentence with which LLaVA-Video tells the model when its frames were taken.
+
+    Args:
+        clip_duration: length of the clip in seconds.
+        times: time of every frame in seconds.
+
+    Returns:
+        The text, word for word as in ``process_video_with_decord`` of LLaVA-NeXT (no space behind
+        the full stop after the times).
+    """
+    listed = ",".join(f"{time:.2f}s" for time in times)
+    return (
+        f"The video lasts for {clip_duration:.2f} seconds, and {len(times)} frames are uniformly "
+        f"sampled from it. These frames are located at {listed}."
+        "Please answer the following questions related to this video."
+    )
+
+
+def stop_ids(tokenizer: Tokenizer, extra: Iterable[int] = ()) -> tuple[int, ...]:
+    """Ids that end an answer: the turn's end, the tokenizer's end of text, and ``extra``.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        extra: more ids, as a checkpoint's generation config may list them.
+
+    Returns:
+        The ids in ascending order, each once.
+
+    Raises:
+        PromptError: if the tokenizer lacks the control tokens of ChatML.
+    """
+    ids = {_control_ids(tokenizer)[1], *(int(token) for token in extra)}
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    return tuple(sorted(ids))
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One turn: its text, cut where the video stands (``behind_video`` None: no video here)."""
+
+    role: str
+    text: str
+    behind_video: str | None
+
+
+def _control_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Ids of the tokens that open and close a turn."""
+    ids = [tokenizer.backend_tokenizer.token_to_id(token) for token in (_TURN_START, _TURN_END)]
+    if None in ids:
+        raise PromptError(
+            f"the tokenizer lacks {_TURN_START} or {_TURN_END}; "
+            "a Qwen2 tokenizer with its ChatML control tokens is needed"
+        )
+    return ids[0], ids[1]
+
+
+def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that is only text.
+
+    The steps of the tokenizer are called one by one, which leaves its table of added tokens out:
+    asking it to split special tokens would still let added tokens through that are not marked as
+    special, and would change the state of a shared object.
+    """
+    backend = tokenizer.backend_tokenizer
+    try:
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [(text, None)]
+        if backend.pre_tokenizer is not None:
+            words = backend.pre_tokenizer.pre_tokenize_str(text)
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt holds {error.object[error.start]!r}, half of a surrogate pair, which is "
+            "no character; decode the text again from its source"
+        ) from None
+    return [token.id for word, _ in words for token in backend.model.tokenize(word)]
+
+
+def _as_turns(prompt: str | Sequence[Mapping[str, Any]], has_video: bool) -> list[_Turn]:
+    """Checks a prompt and brings both of its forms to turns, the video in its place."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise PromptError("the question is empty; give a text to answer")
+        turn = _Turn("user", "", prompt) if has_video else _Turn("user", prompt, None)
+        return [turn]
+
+    if not prompt:
+        raise PromptError("the conversation is empty; give at least one user turn")
+    turns = [_as_turn(message, number) for number, message in enumerate(prompt, start=1)]
+    for number, turn in enumerate(turns, start=1):
+        if turn.role == "system" and number > 1:
+            raise PromptError(f"turn {number}: a system turn can only be the first")
+    if turns[-1].role != "user":
+        raise PromptError(
+            f"the last turn is the {turns[-1].role}'s; end the conversation with a user turn"
+        )
+    if not (turns[-1].text + (turns[-1].behind_video or "")).strip():
+        raise PromptError("the last turn holds no question; add a text to it")
+
+    marked = [index for index, turn in enumerate(turns) if turn.behind_video is not None]
+    if len(marked) > 1:
+        raise PromptError(_ONE_CLIP)
+    if marked and not has_video:
+        raise PromptError(
+            f"turn {marked[0] + 1} has a video part but the request has no video; "
+            "give the clip or remove the part"
+        )
+    if has_video and not marked:
+        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = _Turn("user", "", turns[first].text)
+    return turns
+
+
+_ONE_CLIP = "the conversation has more than one video part; one clip a request is supported"
+
+
+def _as_turn(message: Any, number: int) -> _Turn:
+    """One message of the common form as a turn."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise PromptError(f"turn {number} is no message; give a role and a content")
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise PromptError(f"turn {number}: unknown role {role!r}; use system, user or assistant")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, Sequence):
+        raise PromptError(f"turn {number}: the content is neither a text nor a list of parts")
+
+    text: str = ""
+    behind_video: str | None = None
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "video":
+            if role != "user":
+                raise PromptError(f"turn {number}: only a user turn can hold the video")
+            if behind_video is not None:
+                raise PromptError(_ONE_CLIP)
+            if len(part) > 1:
+                raise PromptError(
+                    f"turn {number}: the video part only marks the place; give the clip itself "
+                    "with the request and leave nothing but the type here"
+                )
+            behind_video = ""
+        elif kind != "text":
+            raise PromptError(
+                f"turn {number}: parts of type {kind!r} are not supported; use text, and video for "
+                "the place of the clip"
+            )
+        elif not isinstance(part.get("text"), str):
+            raise PromptError(f"turn {number}: a text part needs its text under 'text'")
+        elif behind_video is None:
+            text += part["text"]
+        else:
+            behind_video += part["text"]
+    if role != "system" and behind_video is None and not text.strip():
+        raise PromptError(f"turn {number} is empty; give it a text or leave it out")
+    return _Turn(role, text, behind_video)

@@ -1,0 +1,400 @@
+"""The library's front door: a model with its tokenizer, from clips and questions to answers."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+from jax.typing import DTypeLike
+from tokenizers.decoders import DecodeStream
+
+from dycoke_jax.checkpoint import Progress as LoadProgress
+from dycoke_jax.checkpoint import load_params, open_checkpoint
+from dycoke_jax.compression.dycoke import DyCoke
+from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.config import LlavaConfig, PoolMode
+from dycoke_jax.engine import Generated, Progress, Request, Seconds, TokenCounts, run_batch
+from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
+from dycoke_jax.inputs.prompts import (
+    DEFAULT_SYSTEM,
+    Tokenizer,
+    build_prompt,
+    load_tokenizer,
+    stop_ids,
+    time_instruction,
+)
+from dycoke_jax.inputs.video import Clip, Sampling, clip_from_array, read_clip
+from dycoke_jax.models.llava import Params
+
+Video = str | PathLike[str] | np.ndarray
+"""A file, or uint8 frames [F, height, width, 3] that are taken as they are, all of them."""
+
+Conversation = str | Sequence[Mapping[str, Any]]
+"""A question, or the turns of a conversation: see ``inputs.prompts.build_prompt``."""
+
+STREAM_EVERY = 4
+"""Tokens between two looks at a streaming batch: each look costs a transfer from the device."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one request.
+
+    Attributes:
+        text: the answer, without control tokens.
+        token_ids: its ids as generated, a stop token included.
+        finish_reason: ``stop`` (a stop token) or ``length`` (max_new_tokens).
+        tokens: counts of what the arrays really held.
+        seconds: wall time of the stages of the batch in which it ran.
+        notes: what there is to know of the clip, such as damage that was accepted.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    tokens: TokenCounts
+    seconds: Seconds
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer that is being generated.
+
+    Attributes:
+        index: which request it belongs to.
+        text: what came since the last piece; all pieces of a request make up its answer's text.
+        answer: the whole answer, with the last piece of a request; None before.
+    """
+
+    index: int
+    text: str
+    answer: Answer | None = None
+
+
+class LlavaVideo:
+    """A LLaVA-OneVision or LLaVA-Video model that answers questions about clips.
+
+    Attributes:
+        config: sizes and layout.
+        params: weights, dotted path to array.
+        tokenizer: of the checkpoint.
+        stop_ids: ids that end an answer.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        extra_stop_ids: Sequence[int] = (),
+    ) -> None:
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids(tokenizer, extra_stop_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | PathLike[str],
+        *,
+        dtype: DTypeLike | None = None,
+        pool_mode: PoolMode | None = None,
+        progress: LoadProgress | None = None,
+    ) -> "LlavaVideo":
+        """Loads a checkpoint.
+
+        Args:
+            name_or_path: a folder in the lmms-lab or the llava-hf layout, a folder that
+                ``dycoke-jax convert`` made, or a hub id ``org/name``, which is downloaded.
+            dtype: what to store and compute in (float32, bfloat16, float16); None: as stored.
+            pool_mode: how frames are pooled, where it is not what the configuration says. The
+                published evaluation of LLaVA-Video overrides it with ``average``.
+            progress: called with bytes read, bytes in all, and a tensor's name.
+
+        Raises:
+            CheckpointError: listing everything that is wrong with the files.
+            ConfigError: naming a setting that is not supported.
+        """
+        checkpoint = open_checkpoint(str(name_or_path))
+        config = checkpoint.config
+        if pool_mode is not None:
+            config = replace(config, pool_mode=pool_mode)
+        _check_preprocessing(checkpoint.folder, config)
+        tokenizer = load_tokenizer(checkpoint.folder)
+        extra = _generation_stop_ids(checkpoint.folder)
+        params = load_params(checkpoint.folder, config, dtype, progress)
+        return cls(config, params, tokenizer, extra)
+
+    @overload
+    def generate(
+        self,
+        videos: Sequence[Video | None] | None,
+        prompts: Sequence[Conversation],
+        *,
+        stream: Literal[False] = False,
+        **settings: Any,
+    ) -> list[Answer]: ...
+
+    @overload
+    def generate(
+        self,
+        videos: Sequence[Video | None] | None,
+        prompts: Sequence[Conversation],
+        *,
+        stream: Literal[True],
+        **settings: Any,
+    ) -> Iterator[Piece]: ...
+
+    def generate(
+        self,
+        videos: Sequence[Video | None] | None,
+        prompts: Sequence[Conversation],
+        *,
+        compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
+        max_new_tokens: int | Sequence[int] = 128,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        frames: int = 32,
+        fps: float | None = None,
+        system: str | None = DEFAULT_SYSTEM,
+        time_text: bool = False,
+        allow_damaged: bool = False,
+        batch_size: int = 8,
+        stream: bool = False,
+        progress: Progress | None = None,
+    ) -> list[Answer] | Iterator[Piece]:
+        """Answers a question about each clip.
+
+        Every request gets the answer that it would get alone, whatever it is batched with.
+        A setting given as a sequence has one value a request.
+
+        Args:
+            videos: one clip (or None) a request; None for requests without any.
+            prompts: one question or conversation a request.
+            compression: ``DyCoke`` with its settings; None is the plain model.
+            max_new_tokens: tokens after which an answer is cut off.
+            temperature: 0 is greedy.
+            top_k: draw among so many tokens; 0 is all.
+            top_p: draw among the fewest tokens that hold this probability; 1 is all.
+            seed: of the random draws.
+            frames: how many of a file's frames to look at (see ``inputs.video.Sampling``).
+            fps: frames a second to look at instead, ``frames`` at most.
+            system: text of the system turn; None for no such turn.
+            time_text: tell the model when the frames were taken, as LLaVA-Video does.
+            allow_damaged: use what can be decoded of damaged files.
+            batch_size: requests that run together at most. The clips of the next batch are decoded
+                while one runs.
+            stream: return an iterator of ``Piece`` that yields text as it comes.
+            progress: called with what is being done, how much of it is done, and of how much.
+
+        Returns:
+            The answers in the order of the requests, or the iterator.
+
+        Raises:
+            DycokeError: VideoError, PromptError, ConfigError or RequestError, saying what to do.
+        """
+        count = len(prompts)
+        if isinstance(prompts, str) or isinstance(videos, str | PathLike | np.ndarray):
+            raise RequestError("videos and prompts are lists, one entry a request")
+        videos = [None] * count if videos is None else videos
+        if len(videos) != count:
+            raise RequestError(f"{len(videos)} videos but {count} prompts; give one each")
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
+        each = {
+            "max_new_tokens": _each("max_new_tokens", max_new_tokens, count),
+            "temperature": _each("temperature", temperature, count),
+            "top_k": _each("top_k", top_k, count),
+            "top_p": _each("top_p", top_p, count),
+            "seed": _each("seed", seed, count),
+        }
+        sampling = Sampling(frames=frames, fps=fps)
+
+        def prepare(index: int) -> "_Prepared":
+            clip = self._read(videos[index], sampling, allow_damaged)
+            times = None
+            if time_text and clip is not None:
+                times = time_instruction(clip.duration, clip.times)
+            prompt = build_prompt(
+                self.tokenizer,
+                prompts[index],
+                system=system,
+                has_video=clip is not None,
+                time_instruction=times,
+            )
+            settings = {name: values[index] for name, values in each.items()}
+            pixels = None if clip is None else clip.frames
+            return _Prepared(
+                index, Request(prompt, pixels, **settings), () if clip is None else clip.notes
+            )
+
+        pieces = self._run(prepare, count, batch_size, compression, stream, progress)
+        if stream:
+            return pieces
+        answers = {piece.index: piece.answer for piece in pieces if piece.answer is not None}
+        return [answers[index] for index in range(count)]
+
+    def _run(
+        self,
+        prepare: Callable[[int], "_Prepared"],
+        count: int,
+        batch_size: int,
+        compression: Compressor | None,
+        stream: bool,
+        progress: Progress | None,
+    ) -> Iterator[Piece]:
+        windows = [range(s, min(s + batch_size, count)) for s in range(0, count, batch_size)]
+        ready = 0
+        with ThreadPoolExecutor(thread_name_prefix="clips") as pool:
+            ahead = [pool.submit(prepare, index) for index in windows[0]] if windows else []
+            for number, _ in enumerate(windows):
+                window = []
+                for future in ahead:
+                    window.append(future.result())
+                    ready += 1
+                    if progress:
+                        progress("reading clips", ready, count)
+                # Decoded while this window runs on the device; no further, to bound memory.
+                following = windows[number + 1] if number + 1 < len(windows) else ()
+                ahead = [pool.submit(prepare, index) for index in following]
+                for group in _by_frames(window):
+                    yield from self._run_group(group, compression, stream, progress)
+
+    def _run_group(
+        self,
+        group: Sequence["_Prepared"],
+        compression: Compressor | None,
+        stream: bool,
+        progress: Progress | None,
+    ) -> Iterator[Piece]:
+        texts = [_Text(self.tokenizer) for _ in group]
+        updates = run_batch(
+            self.config,
+            self.params,
+            [prepared.request for prepared in group],
+            compression,
+            self.stop_ids,
+            stream_every=STREAM_EVERY if stream else None,
+            progress=progress,
+        )
+        finished: set[int] = set()
+        for update in updates:
+            for row, (prepared, text, row_now) in enumerate(
+                zip(group, texts, update, strict=True)
+            ):
+                if row in finished:
+                    continue
+                piece = text.extend(row_now)
+                if row_now.finish_reason is not None:
+                    finished.add(row)
+                    answer = Answer(
+                        text.whole,
+                        row_now.token_ids,
+                        row_now.finish_reason,
+                        row_now.tokens,
+                        row_now.seconds,
+                        prepared.notes,
+                    )
+                    yield Piece(prepared.index, piece, answer)
+                elif piece:
+                    yield Piece(prepared.index, piece)
+
+    def _read(
+        self, video: Video | None, sampling: Sampling, allow_damaged: bool
+    ) -> Clip | None:
+        size = self.config.vision.image_size
+        if video is None:
+            return None
+        if isinstance(video, str | PathLike):
+            return read_clip(video, sampling, size, allow_damaged=allow_damaged)
+        return clip_from_array(video, size)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    index: int
+    request: Request
+    notes: tuple[str, ...]
+
+
+class _Text:
+    """The text of a growing list of ids, given out only in whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._read = 0
+        self.whole = ""
+
+    def extend(self, generated: Generated) -> str:
+        """The text that the ids since the last call add."""
+        ids = generated.token_ids
+        before = self.whole
+        for token in ids[self._read :]:
+            self.whole += self._stream.step(self._backend, token) or ""
+        self._read = len(ids)
+        if generated.finish_reason is not None:
+            # Bytes of a character that never became whole show as replacement characters.
+            self.whole = self._backend.decode(list(ids), skip_special_tokens=True)
+        return self.whole[len(before) :]
+
+
+def _by_frames(window: Sequence[_Prepared]) -> list[list[_Prepared]]:
+    """Requests of equal frame counts, in the order of their first."""
+    groups: dict[int, list[_Prepared]] = {}
+    for prepared in window:
+        groups.setdefault(prepared.request.num_frames, []).append(prepared)
+    return list(groups.values())
+
+
+def _each(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{name} has {len(value)} values for {count} requests")
+    return value
+
+
+def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
+    """Stop ids of ``generation_config.json``, where there is one."""
+    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def _check_preprocessing(folder: Path, config: LlavaConfig) -> None:
+    """Refuses a processor that normalises or resizes in another way than the compiled function."""
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        settings = _read_json(folder / name)
+        for key in ("image_mean", "image_std"):
+            if key in settings and settings[key] != [0.5, 0.5, 0.5]:
+                raise ConfigError(
+                    f"{name}: {key} is {settings[key]}; only [0.5, 0.5, 0.5] (SigLIP) is supported"
+                )
+        size = settings.get("size")
+        wanted = config.vision.image_size
+        if isinstance(size, dict) and {size.get("height"), size.get("width")} - {wanted, None}:
+            raise ConfigError(
+                f"{name}: size is {size}; the vision tower takes {wanted} x {wanted} pixels"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable as JSON ({error})") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,1 @@
+"""The networks in Flax NNX: no compression, no files, no devices."""

@@ -1,0 +1,59 @@
+"""Layers that the vision tower, the projector and the language model share.
+
+Matrices are kept as the checkpoints have them, [out, in]. A module declares parameters by shape
+only (see ``dycoke_jax.models.llava.bind``, which gives them their arrays), so the zeros below are
+never computed.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def parameter(*shape: int) -> nnx.Param[Array]:
+    """A parameter of a shape."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
+class Linear(nnx.Module):
+    """``x @ weight.T + bias``."""
+
+    def __init__(self, width_in: int, width_out: int, *, bias: bool) -> None:
+        self.weight = parameter(width_out, width_in)
+        self.bias = parameter(width_out) if bias else None
+
+    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
+        """Applies the layer in x's dtype; a float32 input is multiplied in true float32."""
+        out = jnp.einsum("...k,nk->...n", x, self.weight[...].astype(x.dtype), precision="highest")
+        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        self.weight = parameter(width)
+        self.bias = parameter(width)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Returns x's dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.epsilon)
+        return (wide * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        self.weight = parameter(width)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Returns x's dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.epsilon)
+        return (wide * self.weight[...]).astype(x.dtype)

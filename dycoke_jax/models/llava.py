@@ -1,0 +1,103 @@
+"""The whole model: tower, projector, pooling, newline, language model and head."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from dycoke_jax.config import LlavaConfig
+from dycoke_jax.models.layers import Linear, parameter
+from dycoke_jax.models.qwen2 import Qwen2
+from dycoke_jax.models.siglip import SiglipVisionTower
+from dycoke_jax.ops.pooling import pool
+
+Params = Mapping[str, Array]
+"""The weights of a model: dotted path to array. The tree that jitted functions take."""
+
+
+class Llava(nnx.Module):
+    """LLaVA-OneVision or LLaVA-Video."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        self.config = config
+        self.vision_tower = SiglipVisionTower(config.vision)
+        self.projector = Projector(config)
+        self.image_newline = parameter(config.text.hidden_size)
+        self.language_model = Qwen2(config.text)
+        self.lm_head = None if config.text.tie_word_embeddings else Head(config)
+
+    def encode(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C N D"]:
+        """Frames to pooled visual tokens of the language model's width, in raster order."""
+        features = self.projector(self.vision_tower(frames))
+        return pool(features, self.config.pool_mode, self.config.pool_stride)
+
+    def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows L"]:
+        """Next-token scores of normed states, in float32."""
+        head = self.lm_head or self.language_model.embed_tokens
+        weight = head.weight[...].astype(x.dtype)
+        return jnp.einsum(
+            "...k,nk->...n", x, weight, precision="highest", preferred_element_type=jnp.float32
+        )
+
+
+class Projector(nnx.Module):
+    """Two layers with the exact GELU, from the tower's width to the language model's."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        width = config.text.hidden_size
+        self.linear_1 = Linear(config.vision.hidden_size, width, bias=True)
+        self.linear_2 = Linear(width, width, bias=True)
+
+    def __call__(self, x: Float[Array, "C P Dv"]) -> Float[Array, "C P D"]:
+        """Projects every patch."""
+        return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
+
+
+class Head(nnx.Module):
+    """A language-model head of its own, where it is not tied to the embedding."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        self.weight = parameter(config.text.vocab_size, config.text.hidden_size)
+
+
+@lru_cache(maxsize=32)
+def _split(config: LlavaConfig) -> tuple[nnx.GraphDef[Llava], tuple[tuple[tuple, nnx.Param], ...]]:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config)))
+    return graphdef, tuple(nnx.to_flat_state(state))
+
+
+def _path(keys: tuple) -> str:
+    return ".".join(str(key) for key in keys)
+
+
+def abstract_params(config: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path, shape and (float32) dtype of every parameter, without making any."""
+    _, leaves = _split(config)
+    return {
+        _path(keys): jax.ShapeDtypeStruct(param.shape, param.dtype) for keys, param in leaves
+    }
+
+
+def bind(config: LlavaConfig, params: Params) -> Llava:
+    """The model with these weights; cheap, and meant to be called inside jitted functions."""
+    graphdef, leaves = _split(config)
+    state = nnx.from_flat_state([(keys, p.replace(params[_path(keys)])) for keys, p in leaves])
+    return nnx.merge(graphdef, state)
+
+
+def random_params(config: LlavaConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> Params:
+    """Weights as an untrained model has them: norms 1, biases 0, the rest normal (deviation .02)."""
+    params = {}
+    for index, (path, leaf) in enumerate(abstract_params(config).items()):
+        if "norm" in path.split(".")[-2:][0] and path.endswith("weight"):
+            params[path] = jnp.ones(leaf.shape, dtype)
+        elif path.endswith("bias"):
+            params[path] = jnp.zeros(leaf.shape, dtype)
+        else:
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            params[path] = 0.02 * jax.random.normal(key, leaf.shape, dtype)
+    return params

@@ -1,0 +1,159 @@
+"""The Qwen2 language model (Yang et al. 2024): grouped-query attention, rotary positions, SwiGLU.
+
+A layer can be run over a whole prompt (``prefill``) or over one new token a row against a cache
+(``decode``). Which cache, and which of its slots may be seen, is the caller's business: that is
+where token compression plugs in.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dycoke_jax.config import TextConfig
+from dycoke_jax.models.layers import Linear, RMSNorm, parameter
+from dycoke_jax.ops.attention import append, attention, decode_attention
+from dycoke_jax.ops.rope import rotate, rotations
+
+Rope = tuple[Float[Array, "B 1 T E"], Float[Array, "B 1 T E"]]
+
+
+class KV(NamedTuple):
+    """Keys (after rotation) and values of one layer."""
+
+    keys: Float[Array, "B J S E"]
+    values: Float[Array, "B J S E"]
+
+
+class Qwen2(nnx.Module):
+    """Token embedding, decoder layers and the final norm; the head belongs to the whole model."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.config = config
+        self.embed_tokens = Embedding(config)
+        self.layers = nnx.List([Qwen2Layer(config) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def rope(self, positions: Int[Array, "B T"]) -> Rope:
+        """What ``prefill`` and ``decode`` of every layer need to know of the positions."""
+        return rotations(positions, self.config.head_dim, self.config.rope_theta)
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], list[KV]]:
+        """Runs a whole prompt.
+
+        Args:
+            x: embeddings, tokens in the order in which they attend to each other.
+            positions: rotary position of each slot.
+            valid: which slots hold a token; the others are never attended to.
+
+        Returns:
+            The state after the final norm, and each layer's keys and values.
+        """
+        rope = self.rope(positions)
+        caches = []
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                x, cache = layer.prefill(x, rope, valid)
+            caches.append(cache)
+        return self.norm(x), caches
+
+
+class Embedding(nnx.Module):
+    """A vector for each entry of the vocabulary."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.weight = parameter(config.vocab_size, config.hidden_size)
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks up ids; each must lie in the vocabulary."""
+        return self.weight[...][ids]
+
+
+class Qwen2Layer(nnx.Module):
+    """A pre-norm decoder block."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen2Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen2MLP(config)
+
+    def prefill(
+        self, x: Float[Array, "B T D"], rope: Rope, valid: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """Causal attention over the prompt itself."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
+        x = x + self.self_attn.merge(attention(q, k, v, valid, causal=True))
+        return x + self.mlp(self.post_attention_layernorm(x)), KV(k, v)
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        rope: Rope,
+        cache: KV,
+        slot: Int[Array, ""],
+        valid: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B 1 D"], KV, Float[Array, "B H S"]]:
+        """One new token a row, written into the cache at ``slot`` and attending to ``valid`` slots.
+
+        Returns:
+            The new state, the cache with the token in it, and the attention weights in float32.
+        """
+        q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
+        cache = KV(append(cache.keys, k, slot), append(cache.values, v, slot))
+        out, weights = decode_attention(q, cache.keys, cache.values, valid)
+        x = x + self.self_attn.merge(out)
+        return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
+
+
+class Qwen2Attention(nnx.Module):
+    """The projections around attention: queries, keys and values have a bias, the output none."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.head_dim = config.head_dim
+        inner, kv_inner = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.q_proj = Linear(config.hidden_size, inner, bias=True)
+        self.k_proj = Linear(config.hidden_size, kv_inner, bias=True)
+        self.v_proj = Linear(config.hidden_size, kv_inner, bias=True)
+        self.o_proj = Linear(inner, config.hidden_size, bias=False)
+
+    def project(
+        self, x: Float[Array, "B T D"], rope: Rope
+    ) -> tuple[Float[Array, "B H T E"], Float[Array, "B J T E"], Float[Array, "B J T E"]]:
+        """Queries and keys, turned to their positions, and values."""
+
+        def heads(y: Float[Array, "B T inner"]) -> Float[Array, "B heads T E"]:
+            return y.reshape(*y.shape[:2], -1, self.head_dim).swapaxes(1, 2)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        return rotate(q, rope), rotate(k, rope), v
+
+    def merge(self, out: Float[Array, "B H T E"]) -> Float[Array, "B T D"]:
+        """Brings the heads together."""
+        out = out.swapaxes(1, 2)
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
+
+
+class Qwen2MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Gates, narrows."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def positions_of(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Rotary positions: the number of tokens before each slot, whatever slots are empty."""
+    return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)

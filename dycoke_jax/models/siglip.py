@@ -1,0 +1,114 @@
+"""The SigLIP vision tower (Zhai et al. 2023) as LLaVA uses it: no head, no last block, no norm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dycoke_jax.config import VisionConfig
+from dycoke_jax.models.layers import LayerNorm, Linear, parameter
+from dycoke_jax.ops.attention import attention
+
+
+def normalise(frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C height width 3"]:
+    """Pixels 0..255 to -1..1 in float32, as the reference processors (mean and deviation 0.5)."""
+    return (frames.astype(jnp.float32) * (1 / 255) - 0.5) / 0.5
+
+
+class SiglipVisionTower(nnx.Module):
+    """Frames to patch features."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.config = config
+        self.patch_embedding = PatchEmbedding(config)
+        self.position_embedding = PositionEmbedding(config)
+        self.layers = nnx.List([SiglipLayer(config) for _ in range(config.num_layers)])
+
+    def __call__(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C P D"]:
+        """Encodes each frame alone.
+
+        Args:
+            frames: of ``config.image_size`` pixels a side.
+
+        Returns:
+            The state after the last block that is run, in raster order, in the weights' dtype.
+        """
+        pixels = normalise(frames).astype(self.patch_embedding.weight.dtype)
+        x = self.patch_embedding(pixels) + self.position_embedding.weight[...]
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"vision_layer_{index}"):
+                x = layer(x)
+        return x
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its size, written as one matrix product over patches."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.grid, self.patch = config.grid, config.patch_size
+        self.weight = parameter(config.hidden_size, 3, self.patch, self.patch)
+        self.bias = parameter(config.hidden_size)
+
+    def __call__(self, pixels: Float[Array, "C height width 3"]) -> Float[Array, "C P D"]:
+        """Cuts off what does not fill a patch (384 = 27 * 14 + 6)."""
+        grid, patch = self.grid, self.patch
+        cut = pixels[:, : grid * patch, : grid * patch]
+        patches = cut.reshape(-1, grid, patch, grid, patch, 3)
+        x = jnp.einsum("ChiwjX,DXij->ChwD", patches, self.weight[...], precision="highest")
+        return x.reshape(-1, grid * grid, x.shape[-1]) + self.bias[...]
+
+
+class PositionEmbedding(nnx.Module):
+    """A learned vector for each patch."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.weight = parameter(config.grid**2, config.hidden_size)
+
+
+class SiglipLayer(nnx.Module):
+    """A pre-norm transformer block that attends in both directions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = SiglipAttention(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def __call__(self, x: Float[Array, "C P D"]) -> Float[Array, "C P D"]:
+        """One block."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipAttention(nnx.Module):
+    """Multi-head attention over the patches of a frame."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj = Linear(width, width, bias=True)
+        self.k_proj = Linear(width, width, bias=True)
+        self.v_proj = Linear(width, width, bias=True)
+        self.out_proj = Linear(width, width, bias=True)
+
+    def __call__(self, x: Float[Array, "C P D"]) -> Float[Array, "C P D"]:
+        """Every patch attends to every patch of its frame."""
+
+        def heads(y: Float[Array, "C P D"]) -> Float[Array, "C H P E"]:
+            return y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        out = attention(q, k, v, causal=False)
+        return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
+
+
+class SiglipMLP(nnx.Module):
+    """Two layers with the tanh form of GELU."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
+
+    def __call__(self, x: Float[Array, "C P D"]) -> Float[Array, "C P D"]:
+        """Widens, activates, narrows."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))

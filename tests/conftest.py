@@ -1,0 +1,18 @@
+import os
+
+# Nothing in the tests may look for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of what the authors' code computes."""
+    from pathlib import Path
+
+    return Path(__file__).parent / "golden"

@@ -1,0 +1,237 @@
+"""KV pruning while decoding: the authors' results, the paper's text, rows on their own."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Qwen2, kept_of
+from safetensors.numpy import load_file
+
+from dycoke_jax import DyCoke
+from dycoke_jax.compression.kv_pruning import MaskedCache, WorkingSet
+from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
+from dycoke_jax.generation.assemble import TextIds, Visual
+from dycoke_jax.generation.decode import decode_step
+from dycoke_jax.generation.prefill import read_prompt, start
+from dycoke_jax.generation.slots import Slots
+from dycoke_jax.generation.state import Limits, take_token
+from dycoke_jax.models.llava import bind, random_params
+
+NO_VISION = VisionConfig(8, 8, 1, 1, patch_size=14, image_size=56)
+step = jax.jit(
+    lambda config, params, state, pruning, slots: decode_step(
+        bind(config, params), state, pruning, slots
+    ),
+    static_argnums=(0, 3, 4),
+)
+
+
+def limits(rows):
+    return Limits(jnp.full(rows, 1000), jnp.full((rows, 1), -1))
+
+
+@pytest.mark.parametrize("case", ["flat", "layer1_p90", "peaky"])
+def test_official_equals_the_authors_code(golden, case):
+    data = np.load(golden / f"kv_{case}.npz")
+    meta = json.loads(str(data["meta"]))
+    c = meta["config"]
+    text = TextConfig(
+        c["vocab_size"], c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"],
+        c["num_attention_heads"], c["num_key_value_heads"],
+        c["hidden_size"] // c["num_attention_heads"], c["tie_word_embeddings"],
+    )  # fmt: skip
+    config = LlavaConfig(NO_VISION, text)
+    weights = load_file(golden / f"kv_{case}-1.safetensors")
+    weights |= load_file(golden / f"kv_{case}-2.safetensors")
+    renamed = {n.replace("model.", "language_model.", 1): w for n, w in weights.items()}
+    renamed["lm_head.weight"] = weights["lm_head.weight"]
+    params = random_params(config) | renamed
+
+    # The published code's candidates leave out the last visual token, which ours include.
+    begin, visual = meta["image_token_start_index"], meta["image_token_length"] + 1
+    prompt, steps = meta["total_prompt"], meta["steps"]
+    slots = Slots(begin, visual, prompt - begin - visual, steps + 1)
+    method = DyCoke(layer=meta["prune_layer"], p=meta["prune_ratio"], mode="official")
+    pruning = method.decode_pruning(slots, visual)
+    assert isinstance(pruning, MaskedCache)
+
+    embeds = jnp.asarray(data["inputs_embeds"])[None]
+    everything = jnp.ones((1, prompt), bool)
+    model = bind(config, params)
+    x, caches = model.language_model.prefill(embeds, jnp.arange(prompt)[None], everything)
+    np.testing.assert_allclose(model.logits(x)[0, -4:], data["prefill_logits"], atol=1e-3)
+    all_visual = jnp.ones((1, visual), bool)
+    segment = Visual(embeds[:, slots.visual_range], all_visual, all_visual)
+    state = start(caches, everything, segment, limits(1), pruning, steps + 1)
+    kept = np.split(data["kept_indices"], np.cumsum(data["kept_lengths"])[:-1])
+    for index in range(steps):
+        state = take_token(state, jnp.array([int(data["fed_tokens"][index])]), limits(1))
+        logits, state = step(config, params, state, pruning, slots)
+        np.testing.assert_allclose(logits[0], data["step_logits"][index + 1], atol=1e-3)
+        np.testing.assert_allclose(state.pruned.similarity, data["similarity"][index], atol=1e-4)
+        assert bool(state.pruned.refreshed[0]) == bool(data["refreshed"][index])
+        np.testing.assert_array_equal(np.flatnonzero(state.pruned.valid[0]), kept[index])
+
+
+def random_model(seed, layers=4, scale=8.0):
+    """Weights large enough that attention is uneven and changes from step to step."""
+    text = TextConfig(64, 32, 48, layers, 4, 2, 8, tie_word_embeddings=True)
+    config = LlavaConfig(NO_VISION, text)
+    params = random_params(config, seed)
+    return config, {n: w * scale if w.ndim == 2 else w for n, w in params.items()}
+
+
+def ragged_prompts(config, params, seed, lengths, visual):
+    """Rows (prefix, question) of different lengths around ``visual`` random visual embeddings."""
+    rng = np.random.default_rng(seed)
+    rows, (most_prefix, most_question) = len(lengths), np.max(lengths, axis=0)
+    text = TextIds(
+        rng.integers(0, 64, (rows, most_prefix)),
+        np.array([prefix for prefix, _ in lengths]),
+        rng.integers(0, 64, (rows, most_question)),
+        np.array([question for _, question in lengths]),
+    )
+    embeds = rng.normal(size=(rows, visual, config.text.hidden_size)).astype(np.float32)
+    all_visual = jnp.ones((rows, visual), bool)
+    table = np.asarray(params["language_model.embed_tokens.weight"])
+    alone = [
+        np.concatenate([table[text.prefix[row, :p]], embeds[row], table[text.question[row, :q]]])
+        for row, (p, q) in enumerate(lengths)
+    ]
+    slots = Slots(int(most_prefix), visual, int(most_question), 16)
+    text = TextIds(*map(jnp.asarray, text))
+    return text, Visual(jnp.asarray(embeds), all_visual, all_visual), slots, alone
+
+
+def run_steps(config, params, text, visual, slots, pruning, fed):
+    """Logits [steps, B, L], refreshed [steps, B] and the states of feeding given tokens."""
+    x, caches, valid = read_prompt(bind(config, params), visual, text)
+    rows = len(text.prefix)
+    state = start(caches, valid, visual, limits(rows), pruning, slots.generated)
+    logits, refreshed, states = [], [], []
+    for tokens in fed:
+        state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(rows))
+        out, state = step(config, params, state, pruning, slots)
+        logits.append(np.asarray(out))
+        refreshed.append(np.asarray(state.pruned.refreshed))
+        states.append(state)
+    return np.stack(logits), np.stack(refreshed), states
+
+
+@settings(max_examples=8)
+@given(
+    seed=st.integers(0, 10_000),
+    visual=st.integers(1, 24),
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=3),
+    layer=st.integers(1, 3),
+    p=st.sampled_from([0.3, 0.5, 0.7, 0.9]),
+)
+def test_paper_equals_the_text_of_the_paper(seed, visual, lengths, layer, p):
+    config, params = random_model(seed % 5)
+    text, segment, slots, alone = ragged_prompts(config, params, seed, lengths, visual)
+    pruning = DyCoke(layer=layer, p=p).decode_pruning(slots, visual)
+    assert isinstance(pruning, WorkingSet)
+    fed = np.random.default_rng(seed).integers(0, 64, (6, len(lengths)))
+    logits, refreshed, states = run_steps(config, params, text, segment, slots, pruning, fed)
+    plain = Qwen2(config.text, params)
+    for row, (prefix, _) in enumerate(lengths):
+        candidates = list(range(prefix, prefix + visual))
+        wanted, kept, refreshes = plain.generate(
+            alone[row], candidates, fed[:, row], layer=layer, p=p
+        )
+        np.testing.assert_array_equal(refreshed[:, row], refreshes)
+        np.testing.assert_allclose(logits[:, row], wanted[1:], atol=2e-3)
+        for index, state in enumerate(states):
+            chosen = {prefix + int(place) for place in state.pruned.chosen[row]}
+            assert chosen == kept[index]
+            assert int(state.pruned.attended[row]) == len(chosen) == kept_of(visual, p)
+
+
+def test_working_set_equals_a_masked_full_cache():
+    """The compact buffers hold exactly what hiding the other slots of the full cache shows."""
+    config, params = random_model(1)
+    lengths = [(3, 5), (6, 2), (1, 9)]
+    text, segment, slots, _ = ragged_prompts(config, params, 7, lengths, 20)
+    compact = DyCoke(layer=2, p=0.6).decode_pruning(slots, 20)
+    fed = np.random.default_rng(0).integers(0, 64, (12, 3))
+    logits, refreshed, states = run_steps(config, params, text, segment, slots, compact, fed)
+    assert refreshed[0].all()
+    assert 0 < refreshed[1:].mean() < 1, "the case must hold steps of both kinds"
+
+    # The same choices, shown through a mask: a threshold above 1 makes it use a set at each step,
+    # and scores that are the compact run's chosen set make that set its choice.
+    x, caches, valid = read_prompt(bind(config, params), segment, text)
+    masked = ReplayedMask(2, slots, [np.asarray(s.pruned.chosen) for s in states])
+    state = start(caches, valid, segment, limits(3), masked, slots.generated)
+    for index, tokens in enumerate(fed):
+        state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(3))
+        out, state = decode_step(bind(config, params), state, masked, slots)
+        np.testing.assert_allclose(out, logits[index], atol=1e-4)
+
+
+class ReplayedMask:
+    """A full cache whose hidden slots follow a list of kept sets."""
+
+    def __init__(self, layer, slots, chosen):
+        self.layer, self.slots, self.chosen = layer, slots, chosen
+        self.inner = MaskedCache(layer, 0, 0.9, slots)
+
+    def start(self, caches, valid, is_visual):
+        return self.inner.start(caches, valid, is_visual)
+
+    def update(self, state, scores, step, active):
+        state = self.inner.update(state, scores, step, active)
+        shown = np.zeros(state.is_visual.shape, bool)
+        np.put_along_axis(shown, self.chosen[int(step)], True, axis=1)
+        visual = self.slots.visual_range
+        present = state.present
+        valid = present.at[:, visual].set(present[:, visual] & shown)
+        return replace(state, valid=valid)
+
+
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_rows_of_a_batch_do_not_mix(mode):
+    """Each row has its own scores, gate and state, whatever the others do."""
+    config, params = random_model(2)
+    lengths = [(2, 4), (5, 7), (3, 1)]
+    text, segment, slots, _ = ragged_prompts(config, params, 3, lengths, 15)
+    pruning = DyCoke(layer=2, p=0.7, mode=mode).decode_pruning(slots, 15)
+    fed = np.random.default_rng(4).integers(0, 64, (12, 3))
+    logits, refreshed, _ = run_steps(config, params, text, segment, slots, pruning, fed)
+    assert (refreshed.any(1) & ~refreshed.all(1)).any(), "rows must differ in when they refresh"
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = run_steps(
+            config,
+            params,
+            TextIds(*(array[one] for array in text)),
+            Visual(*(array[one] for array in segment)),
+            slots,
+            pruning,
+            fed[:, one],
+        )
+        np.testing.assert_array_equal(alone[1][:, 0], refreshed[:, row])
+        np.testing.assert_allclose(alone[0][:, 0], logits[:, row], atol=1e-4)
+
+
+def test_newlines_stay_and_do_not_compete():
+    """Protected slots are attended to besides the kept ones, and empty ones stay hidden."""
+    config, params = random_model(3)
+    text, segment, slots, _ = ragged_prompts(config, params, 5, [(4, 4)], 12)
+    newline = np.zeros((1, 12), bool)
+    newline[0, [3, 7, 11]] = True
+    gone = np.zeros((1, 12), bool)
+    gone[0, 7] = True
+    segment = segment._replace(valid=jnp.asarray(~gone), is_visual=jnp.asarray(~newline))
+    pruning = DyCoke(layer=2, p=0.5).decode_pruning(slots, 9)
+    assert (pruning.kept, pruning.protected) == (4, 3)
+    _, _, states = run_steps(config, params, text, segment, slots, pruning, [[1]])
+    pruned = states[0].pruned
+    assert set(np.flatnonzero(newline)) <= set(pruned.chosen[0].tolist())
+    assert int(pruned.attended[0]) == 4
+    assert int(pruned.valid[0, : 4 + 3].sum()) == 4 + 2
