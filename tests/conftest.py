@@ -4,6 +4,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
+import jaxtyping
 import pytest
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
@@ -16,3 +17,11 @@ def golden():
     from pathlib import Path
 
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def unchecked_types():
+    """Annotations are not checked, as outside of tests: for values of a wrong type or literal."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,214 @@
+"""Converts checkpoints to Orbax and back to the llava-hf layout."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from dycoke_jax.checkpoint.folder import (
+    CONFIG,
+    Checkpoint,
+    open_checkpoint,
+    open_weights,
+    read_config,
+)
+from dycoke_jax.checkpoint.names import POST_NORM, llava_hf_name
+from dycoke_jax.checkpoint.orbax_folder import write_orbax
+from dycoke_jax.checkpoint.report import warn_non_finite
+from dycoke_jax.checkpoint.safetensors_writer import write_safetensors
+from dycoke_jax.checkpoint.staging import absent, staged_folder
+from dycoke_jax.checkpoint.tensors import (
+    Progress,
+    Weights,
+    cast,
+    is_finite,
+    weight_dtype,
+)
+
+_COMPANIONS = (
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
+"""Files that travel with the weights: tokenizer, processors, generation settings."""
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Converts a checkpoint to a folder with an Orbax checkpoint, bit for bit unless cast.
+
+    ``dst`` gets the source's ``config.json`` unchanged, the tokenizer and processor files, and
+    ``params/``. Host memory stays at a few tensors, whatever the size of the model.
+
+    Args:
+        src: folder or hub id, any layout.
+        dst: a folder that does not exist; it appears when all is written.
+        dtype: float32, float16 or bfloat16; None keeps the dtype of each tensor.
+        progress: told after each tensor.
+
+    Raises:
+        CheckpointError: when ``dst`` exists, or listing everything that is wrong with ``src``.
+        ConfigError: when the model is not supported.
+
+    Warns:
+        CheckpointWarning: once, naming the tensors that hold NaN or infinity.
+    """
+    destination, wanted = absent(dst), weight_dtype(dtype)
+    checkpoint = open_checkpoint(src)
+    weights = open_weights(checkpoint)
+    not_finite: list[str] = []
+    with staged_folder(destination) as folder:
+        _copy_companions(checkpoint.folder, folder)
+        shutil.copyfile(checkpoint.folder / CONFIG, folder / CONFIG)
+        paths = [*weights.params, *weights.carried]
+        tensors = _prepared(weights, paths, wanted, progress, not_finite)
+        write_orbax(folder, tensors, set(weights.params))
+    warn_non_finite(checkpoint.folder, not_finite)
+
+
+def export(
+    src: str | Path,
+    dst: str | Path,
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a checkpoint in the llava-hf layout, as transformers saves it.
+
+    Bit for bit the source's tensors unless cast. What the source's format has no place for is made:
+    a final norm of the vision tower that does nothing, where there is none (transformers wants one;
+    its output is not used), and ``config.json`` where the source's is of the lmms-lab dialect.
+
+    Args:
+        src: folder or hub id, any layout; also a converted folder.
+        dst: a folder that does not exist; it appears when all is written.
+        dtype: float32, float16 or bfloat16; None keeps the dtype of each tensor.
+        max_shard_bytes: tensor data above this is split over several files with an index.
+        progress: told after each tensor.
+
+    Raises:
+        CheckpointError: when ``dst`` exists, or listing everything that is wrong with ``src``.
+        ConfigError: when the model is not supported.
+
+    Warns:
+        CheckpointWarning: once, naming the tensors that hold NaN or infinity.
+    """
+    destination, wanted = absent(dst), weight_dtype(dtype)
+    checkpoint = open_checkpoint(src)
+    source_config = read_config(checkpoint.folder)
+    is_llava_hf = source_config["model_type"] == "llava_onevision"
+    weights = _with_post_norm(open_weights(checkpoint))
+    if not is_llava_hf:
+        # The configuration that is made says nothing of a head or of blocks that are not run.
+        weights = replace(weights, carried={path: weights.carried[path] for path in POST_NORM})
+    infos = {
+        path: replace(info, dtype=wanted or info.dtype)
+        for path, info in {**weights.params, **weights.carried}.items()
+    }
+    paths = sorted(infos, key=lambda path: -infos[path].dtype.itemsize)
+    main_dtype = infos["language_model.embed_tokens.weight"].dtype
+    not_finite: list[str] = []
+    with staged_folder(destination) as folder:
+        _copy_companions(checkpoint.folder, folder)
+        if is_llava_hf:
+            _copy_config(checkpoint.folder, folder, source_config, main_dtype)
+        else:
+            _write_config(folder, _new_config(checkpoint, main_dtype))
+        tensors = _prepared(weights, paths, wanted, progress, not_finite)
+        write_safetensors(
+            folder,
+            {llava_hf_name(path): infos[path] for path in paths},
+            (array for _, array in tensors),
+            max_shard_bytes,
+        )
+    warn_non_finite(checkpoint.folder, not_finite)
+
+
+def _prepared(
+    weights: Weights,
+    paths: list[str],
+    dtype: np.dtype | None,
+    progress: Progress | None,
+    not_finite: list[str],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Streams tensors cast; notes those that are not finite; tells progress once each is used."""
+    infos = {**weights.params, **weights.carried}
+    total, done = sum(infos[path].nbytes for path in paths), 0
+    for path, array in weights.stream(paths):
+        array = cast(array, dtype)
+        if not is_finite(array):
+            not_finite.append(path)
+        yield path, array
+        del array  # before the next is read: it may be the largest of the model
+        done += infos[path].nbytes
+        if progress:
+            progress(done, total, path)
+
+
+def _with_post_norm(weights: Weights) -> Weights:
+    """The weights with ones and zeros for the tower's final norm where the source has none."""
+    like = weights.params["vision_tower.layers.0.layer_norm1.weight"]
+    made = {path: like for path in POST_NORM if path not in weights.carried}
+
+    def stream(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for is_made, group in groupby(paths, made.__contains__):
+            if is_made:
+                for path in group:
+                    yield path, np.full(like.shape, path.endswith("weight"), like.dtype)
+            else:
+                yield from weights.stream(list(group))
+
+    return Weights(weights.params, {**weights.carried, **made}, stream)
+
+
+def _new_config(checkpoint: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
+    return {**checkpoint.config.to_llava_hf(), "dtype": dtype.name}
+
+
+def _copy_config(source: Path, target: Path, config: Mapping[str, Any], dtype: np.dtype) -> None:
+    """Copies config.json unchanged, unless it names another dtype than the weights now have."""
+    if all(config.get(key, dtype.name) == dtype.name for key in _DTYPE_KEYS):
+        shutil.copyfile(source / CONFIG, target / CONFIG)
+    else:
+        _write_config(target, _with_dtype(config, dtype.name))
+
+
+# transformers casts what it loads to this; 4 writes the first key and 5 the second.
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+
+
+def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    def change(key: str, value: Any) -> Any:
+        if key in ("text_config", "vision_config"):
+            return _with_dtype(value, name)
+        return name if key in _DTYPE_KEYS else value
+
+    return {key: change(key, value) for key, value in config.items()}
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)

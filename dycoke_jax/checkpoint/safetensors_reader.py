@@ -1,0 +1,172 @@
+"""Reads one safetensors file, or the set of them that an index names, a tensor at a time."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (makes numpy know bfloat16, which safetensors then reads)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dycoke_jax.checkpoint.report import Report
+from dycoke_jax.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is and what its header says: shape, and dtype as safetensors names it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SafetensorsSet:
+    """The headers of a checkpoint's files.
+
+    Attributes:
+        tensors: by name, in the order of the files and of the data in them.
+        lost: names that the index puts where they cannot be read; already reported.
+        complete: False when a file that no index describes cannot be read, so that nobody can say
+            which tensors are missing.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    lost: frozenset[str] = frozenset()
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files to read.
+
+    Attributes:
+        promised: file name -> names of the tensors that the index promises there, if there is one.
+        indexed: whether there is an index.
+        refused: names that the index puts outside the folder.
+    """
+
+    promised: dict[str, set[str]]
+    indexed: bool = False
+    refused: frozenset[str] = frozenset()
+
+
+def open_safetensors(folder: Path, report: Report) -> SafetensorsSet:
+    """Reads every header and no data; files that cannot be read are reported, not raised.
+
+    Raises:
+        CheckpointError: when the folder has no safetensors files at all.
+    """
+    files = _files(folder, report)
+    tensors: dict[str, StoredTensor] = {}
+    lost = set(files.refused)
+    complete = True
+    for file, promised in files.promised.items():
+        try:
+            header = _header(folder / file)
+        except FileNotFoundError:
+            report.add("file", f"{file} is missing; the index puts {len(promised)} tensors there")
+            lost |= promised
+            continue
+        except (SafetensorError, OSError) as error:
+            report.add("file", f"{file} is truncated or damaged ({error})")
+            lost |= promised
+            complete &= files.indexed
+            continue
+        for name in sorted(promised - header.keys()):
+            report.add("index", f"{INDEX} puts {name} in {file}, which lacks it")
+        lost |= promised - header.keys()
+        for name, tensor in header.items():
+            if name in tensors:
+                report.add("duplicate", f"{name} is in {tensors[name].file.name} and in {file}")
+            else:
+                tensors[name] = tensor
+    return SafetensorsSet(tensors, frozenset(lost - tensors.keys()), complete)
+
+
+def read_tensor(tensor: StoredTensor) -> np.ndarray:
+    """The tensor's data, in an array of its own.
+
+    Raises:
+        CheckpointError: when the file changed or cannot be read.
+    """
+    try:
+        # The file is mapped for one tensor only: pages once read count as memory in use until the
+        # mapping is closed, and would add up to the whole file.
+        with safe_open(tensor.file, framework="numpy") as file:
+            return file.get_tensor(tensor.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{tensor.file}: cannot read {tensor.name} ({error})") from error
+
+
+def same_data(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
+    """Whether two stored matrices are equal bit for bit; reads a few rows of each at a time."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    try:
+        with safe_open(a.file, framework="numpy") as first, safe_open(b.file, "numpy") as second:
+            one, other = first.get_slice(a.name), second.get_slice(b.name)
+            pieces = [slice(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
+            return all(one[piece].tobytes() == other[piece].tobytes() for piece in pieces)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {a.name} and {b.name} ({error})") from error
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    with safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        return {
+            name: StoredTensor(path, name, tuple(piece.get_shape()), piece.get_dtype())
+            for name, piece in slices.items()
+        }
+
+
+def _files(folder: Path, report: Report) -> _Files:
+    names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    if (folder / INDEX).exists():
+        files = _read_index(folder, report)
+        if SINGLE in names and SINGLE not in files.promised:
+            report.add("file", f"both {SINGLE} and {INDEX} are here; remove the one that is stale")
+        return files
+    if not names:
+        raise CheckpointError(_no_weights(folder))
+    return _Files({name: set() for name in names})
+
+
+def _read_index(folder: Path, report: Report) -> _Files:
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{folder / INDEX} is not readable as JSON ({error})") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor to file")
+    promised: dict[str, set[str]] = {}
+    refused: set[str] = set()
+    for name, file in weight_map.items():
+        # A file that an index names must lie in the folder: an index is data, not a list of paths
+        # to open. (A link in the folder may point anywhere; the hub's cache is made of such.)
+        if isinstance(file, str) and not Path(file).is_absolute() and ".." not in Path(file).parts:
+            promised.setdefault(file, set()).add(name)
+        else:
+            report.add("index", f"{INDEX} puts {name} in {file!r}, which is not in this folder")
+            refused.add(name)
+    return _Files(promised, indexed=True, refused=frozenset(refused))
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        return (
+            f"{folder} holds its weights as pickles ({pickles[0]}), which can run code and are not "
+            "read; convert each with safetensors.torch.save_file(torch.load(file, "
+            "weights_only=True), 'model.safetensors') where torch is installed"
+        )
+    return f"{folder} holds no *.safetensors files (and no converted params/ folder)"

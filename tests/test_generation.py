@@ -1,0 +1,323 @@
+"""From clips and questions to answers: batches, counts, limits, streaming, compilations."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+from tiny import tiny_model, video
+
+from dycoke_jax import DyCoke, LlavaVideo
+from dycoke_jax.compression import dycoke, kv_pruning, ttm
+from dycoke_jax.errors import ConfigError, RequestError
+from dycoke_jax.generation.decode import decode
+from dycoke_jax.generation.encode import _encode_chunk
+from dycoke_jax.generation.prefill import prefill
+
+QUESTIONS = [
+    "What?",
+    "Which of the many things that can be seen moves first, and where does it end?",
+    "Describe the clip.",
+]
+METHODS = [None, DyCoke(layer=2), DyCoke(layer=2, mode="official")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.mark.parametrize("compression", METHODS, ids=["plain", "paper", "official"])
+def test_a_row_of_a_mixed_batch_equals_the_request_alone(model, compression):
+    """Different clips, lengths, questions, limits, settings; one without a clip."""
+    videos = [video(0, 8), video(1, 8), None, video(2, 5), video(3, 8)]
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Look at this first: "},
+                {"type": "video"},
+                {"type": "text", "text": "What is it?"},
+            ],
+        },
+        {"role": "assistant", "content": "A square."},
+        {"role": "user", "content": "And its colour?"},
+    ]
+    prompts = [*QUESTIONS, "How many?", conversation]
+    settings = {
+        "max_new_tokens": [20, 7, 12, 20, 16],
+        "temperature": [0.0, 0.0, 0.0, 0.0, 0.9],
+        "seed": [0, 0, 0, 0, 11],
+    }
+    together = model.generate(videos, prompts, compression=compression, batch_size=5, **settings)
+    for index, answer in enumerate(together):
+        alone = model.generate(
+            [videos[index]],
+            [prompts[index]],
+            compression=compression,
+            **{name: values[index] for name, values in settings.items()},
+        )[0]
+        assert answer.token_ids == alone.token_ids
+        assert (answer.text, answer.finish_reason) == (alone.text, alone.finish_reason)
+        assert answer.tokens == alone.tokens
+        assert len(answer.token_ids) == settings["max_new_tokens"][index]
+
+
+@pytest.mark.parametrize("newline", ["grid", "frame", "no_token"])
+@pytest.mark.parametrize("compression", [None, DyCoke(k=0.9, layer=1, p=0.5)], ids=["plain", "paper"])
+def test_rows_in_the_layouts_of_llava_video(newline, compression):
+    """Rows whose clips lose different rows of their grids still equal themselves alone."""
+    model = tiny_model(newline, "average")
+    videos = [video(0, 6, 0.02), video(1, 6, 0.9), video(2, 6, 0.1)]
+    together = model.generate(videos, QUESTIONS, compression=compression, max_new_tokens=10)
+    for clip, question, answer in zip(videos, QUESTIONS, together, strict=True):
+        alone = model.generate([clip], [question], compression=compression, max_new_tokens=10)[0]
+        assert (answer.token_ids, answer.tokens) == (alone.token_ids, alone.tokens)
+    newlines = {"grid": 6 * 3, "frame": 6, "no_token": 0}[newline]
+    if compression is None:
+        assert all(answer.tokens.newlines == newlines for answer in together)
+    elif newline == "grid":
+        # f0 and f4 keep their 3 rows each; a compared frame keeps int(0.1 * 9) = 0 tokens, no row.
+        assert all(answer.tokens.newlines == 2 * 3 for answer in together)
+
+
+@pytest.mark.parametrize("compression", METHODS[1:], ids=["paper", "official"])
+def test_compression_changes_what_the_model_says(model, compression):
+    clips = [video(seed, 8, 0.8) for seed in range(4)]
+    plain = model.generate(clips, ["What?"] * 4, compression=None, max_new_tokens=12)
+    pruned = model.generate(clips, ["What?"] * 4, compression=compression, max_new_tokens=12)
+    assert [a.token_ids for a in plain] != [a.token_ids for a in pruned]
+
+
+def test_each_stage_alone_does_something(model):
+    def run(compression):
+        answers = model.generate(
+            [video(s, 8, 0.8) for s in range(3)], QUESTIONS, compression=compression,
+            max_new_tokens=12,
+        )  # fmt: skip
+        return [answer.token_ids for answer in answers], answers[0].tokens
+
+    plain, _ = run(None)
+    nothing, counts = run(DyCoke(k=0, p=0, layer=2))
+    assert nothing == plain
+    assert counts.attended == (128,) * 11
+    merged, counts = run(DyCoke(p=0, layer=2))
+    assert merged != plain
+    assert (counts.merged, set(counts.attended), counts.refreshes) == (56, {56}, 0)
+    pruned, counts = run(DyCoke(k=0, layer=2))
+    assert pruned != plain
+    assert (counts.merged, set(counts.attended)) == (128, {38})
+    assert counts.refreshes >= 1
+
+
+def test_counts_are_what_was_promised(model):
+    answer = model.generate([video(0, 8)], ["What?"], compression=DyCoke(layer=2), max_new_tokens=6)
+    counts = answer[0].tokens
+    assert (counts.visual, counts.merged, counts.newlines) == (8 * 16, 2 * 16 + 6 * 4, 1)
+    assert counts.attended == (16,) * 5
+    assert counts.generated == 6
+    assert str(counts) == "128 visual -> 56 after merging -> 16 attended per step"
+    official = DyCoke(layer=2, mode="official")
+    counts = model.generate([video(0, 8)], ["What?"], compression=official, max_new_tokens=6)[0].tokens
+    # The last window's third frame stays whole; the last visual token is always attended to.
+    assert counts.merged == 3 * 16 + 5 * 4
+    assert set(counts.attended) <= {int(67 * 0.3) + 1, 68}
+
+
+def test_counts_are_read_from_the_arrays(model, monkeypatch):
+    """A mask that hides more than planned shows in the counts: they are no formula."""
+    original = kv_pruning.WorkingSet.start
+
+    def hide_some(self, caches, valid, is_visual):
+        state = original(self, caches, valid, is_visual)
+        return replace(state, parked_valid=state.parked_valid.at[:, ::2].set(False))
+
+    monkeypatch.setattr(kv_pruning.WorkingSet, "start", hide_some)
+    prefill.clear_cache()
+    method = DyCoke(layer=2, threshold=0.87)
+    answer = model.generate([video(0, 8)], ["What?"], compression=method, max_new_tokens=4)[0]
+    monkeypatch.undo()
+    prefill.clear_cache()
+    assert all(count < 16 for count in answer.tokens.attended)
+
+
+def test_plain_model_traces_no_compression(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("compression was traced")
+
+    for module, name in ((ttm, "merge"), (dycoke, "merge"), (kv_pruning, "_similarity")):
+        monkeypatch.setattr(module, name, never)
+    for name in ("start", "update"):
+        monkeypatch.setattr(kv_pruning.WorkingSet, name, never)
+        monkeypatch.setattr(kv_pruning.MaskedCache, name, never)
+    model = tiny_model(layers=3)
+    model.generate([video(0, 4)], ["What?"], compression=None, max_new_tokens=3)
+    with pytest.raises(AssertionError, match="traced"):
+        model.generate([video(0, 4)], ["What?"], compression=DyCoke(layer=1), max_new_tokens=3)
+
+
+def test_mixed_stream_compiles_nothing_after_warm_up(model):
+    """Lengths, seeds, limits, sampling and stop ids are data; only buckets are shapes."""
+    programs = (prefill, decode, _encode_chunk)
+    method = DyCoke(layer=2)
+
+    def run(index, question, **settings):
+        model.generate([video(index, 8)], [question], compression=method, **settings)
+        return [program._cache_size() for program in programs]
+
+    warm = run(0, "What?", max_new_tokens=4)
+    variants = [
+        {"max_new_tokens": 20},
+        {"temperature": 0.7, "seed": 5},
+        {"temperature": 1.2, "top_k": 5, "top_p": 0.9},
+        {"max_new_tokens": 1},
+        {"stream": True},
+        {"system": "Be kind."},
+    ]
+    for index, settings in enumerate(variants):
+        if settings.get("stream"):
+            list(model.generate([video(1, 8)], ["So?"], compression=method, **settings))
+            assert [program._cache_size() for program in programs] == warm
+        else:
+            assert run(index, "What is it" + "?" * index, **settings) == warm
+
+
+def test_stop_tokens_end_a_row_alone(model):
+    videos, prompts = [video(s, 8) for s in range(3)], QUESTIONS
+    free = model.generate(videos, prompts, compression=None, max_new_tokens=20)
+    stopping = LlavaVideo(model.config, model.params, model.tokenizer)
+    # A token that the first row says early, and another row not at that place.
+    stop = free[0].token_ids[4]
+    stopping.stop_ids = (stop,)
+    answers = stopping.generate(videos, prompts, compression=None, max_new_tokens=20)
+    for before, after in zip(free, answers, strict=True):
+        ids = before.token_ids
+        cut = ids.index(stop) + 1 if stop in ids else len(ids)
+        assert after.token_ids == ids[:cut]
+        assert after.finish_reason == ("stop" if stop in ids else "length")
+        assert len(after.tokens.attended) == cut - 1
+    assert answers[0].finish_reason == "stop"
+
+
+def test_streamed_pieces_make_up_the_answers(model):
+    videos, prompts = [video(0, 8), None, video(1, 8)], QUESTIONS
+    settings = {"compression": DyCoke(layer=2), "max_new_tokens": [18, 5, 9], "temperature": 1.0}
+    whole = model.generate(videos, prompts, **settings)
+    texts, answers, pieces = [""] * 3, {}, 0
+    for piece in model.generate(videos, prompts, stream=True, **settings):
+        assert piece.index not in answers, "nothing comes after the last piece"
+        texts[piece.index] += piece.text
+        pieces += 1
+        if piece.answer is not None:
+            answers[piece.index] = piece.answer
+    assert pieces > 6
+    for index, answer in enumerate(whole):
+        assert texts[index] == answer.text == answers[index].text
+        assert answers[index].token_ids == answer.token_ids
+        assert answers[index].tokens == answer.tokens
+
+
+def test_streams_whole_characters_only(model):
+    """Every id is a byte here: the bytes of one character must not come apart."""
+    from dycoke_jax.engine import Generated, Seconds
+    from dycoke_jax.llava_video import _Text
+
+    ids = model.tokenizer.backend_tokenizer.encode("a né 日本 🙂!").ids
+    text, shown = _Text(model.tokenizer), []
+    for end in range(1, len(ids) + 1):
+        reason = "length" if end == len(ids) else None
+        shown.append(text.extend(Generated(tuple(ids[:end]), reason, None, Seconds())))
+    assert "".join(shown) == "a né 日本 🙂!"
+    assert not any("�" in piece for piece in shown)
+
+
+def test_windows_of_a_long_list_keep_the_order(model):
+    videos = [video(seed, 4 + seed % 3) for seed in range(7)]
+    prompts = [f"{n}?" for n in range(7)]
+    small = model.generate(videos, prompts, compression=None, max_new_tokens=4, batch_size=2)
+    large = model.generate(videos, prompts, compression=None, max_new_tokens=4, batch_size=7)
+    assert [a.token_ids for a in small] == [a.token_ids for a in large]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 7])
+def test_every_number_of_frames_works_in_paper_mode(model, frames):
+    answer = model.generate([video(0, frames)], ["?"], compression=DyCoke(layer=2), max_new_tokens=3)[0]
+    compared = frames - -(-frames // 4)
+    assert answer.tokens.merged == 16 * -(-frames // 4) + 4 * compared
+    assert len(answer.token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 1.0}, r"k is 1.0; it must lie in \[0, 1\)"),
+        ({"k": -0.1}, r"\[0, 1\)"),
+        ({"p": 1.0}, r"p is 1.0; it must lie in \[0, 1\)"),
+        ({"k": float("nan")}, "k is nan"),
+        ({"layer": 0}, r"layer is 0; it must lie in 1..layers-1"),
+        ({"threshold": 0.0}, r"\(0, 1\]"),
+        ({"threshold": 1.5}, r"\(0, 1\]"),
+        ({"mode": "fast"}, "paper or official"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_dycoke_settings_outside_their_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DyCoke(**settings)
+
+
+@pytest.mark.parametrize(
+    ("newline", "frames", "settings", "message"),
+    [
+        ("one_token", 8, {"layer": 4}, r"must lie in 1\.\.3"),
+        ("one_token", 4, {"layer": 2, "mode": "official"}, "at least 5 frames"),
+        ("grid", 8, {"layer": 2, "mode": "official"}, "one_token"),
+    ],
+)
+def test_dycoke_settings_that_a_model_or_clip_cannot_take(newline, frames, settings, message):
+    model = tiny_model(newline)
+    with pytest.raises(ConfigError, match=message):
+        model.generate([video(0, frames)], ["What?"], compression=DyCoke(**settings))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"videos": [None], "prompts": ["a", "b"]}, "1 videos but 2 prompts"),
+        ({"prompts": "What?"}, "lists"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": [1, 2]}, "2 values for 1 requests"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 40_000}, "32768 positions"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_requests_that_make_no_sense(model, arguments, message):
+    arguments = {"videos": None, "prompts": ["What?"]} | arguments
+    with pytest.raises(RequestError, match=message):
+        model.generate(**arguments)
+
+
+def test_nothing_to_do_is_no_error(model):
+    assert model.generate([], []) == []
+
+
+def test_bfloat16_weights_give_bfloat16_caches(model):
+    """Half-width weights must not silently widen what is kept and moved."""
+    from dycoke_jax.generation.assemble import TextIds
+    from dycoke_jax.generation.prefill import no_visual, read_prompt
+    from dycoke_jax.models.llava import bind
+
+    half = {name: weight.astype(jnp.bfloat16) for name, weight in model.params.items()}
+    ids, length = jnp.zeros((1, 4), jnp.int32), jnp.array([4])
+    text = TextIds(ids, length, ids, length)
+    x, caches, _ = read_prompt(bind(model.config, half), no_visual(model.config, 1), text)
+    assert {a.dtype for cache in caches for a in cache} | {x.dtype} == {jnp.dtype(jnp.bfloat16)}
+    low = LlavaVideo(model.config, half, model.tokenizer)
+    low.stop_ids = ()
+    answer = low.generate([video(0, 8)], ["?"], compression=DyCoke(layer=2), max_new_tokens=5)[0]
+    assert answer.tokens.attended == (16,) * 4

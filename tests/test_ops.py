@@ -1,0 +1,174 @@
+"""Attention, rotary embedding, pooling and newline placement against plain versions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dycoke_jax.generation.assemble import newline_slots, place_newlines
+from dycoke_jax.ops.attention import attention, decode_attention
+from dycoke_jax.ops.pooling import pool
+from dycoke_jax.ops.rope import rotate, rotations
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def plain_attention(q, k, v, seen):
+    """One head at a time; ``seen`` [B, T, S]."""
+    out = np.zeros_like(q)
+    for b, h in np.ndindex(q.shape[:2]):
+        j = h // (q.shape[1] // k.shape[1])
+        scores = q[b, h] @ k[b, j].T / np.sqrt(q.shape[-1])
+        scores = np.where(seen[b], scores, -np.inf)
+        with np.errstate(invalid="ignore"):
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights = np.nan_to_num(weights / weights.sum(-1, keepdims=True))
+        out[b, h] = weights @ v[b, j]
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_with_holes(length, causal):
+    """Blocks of every size, grouped heads, keys that are not there, queries without any key."""
+    q, k, v = normal(0, 2, 6, length, 8), normal(1, 2, 2, length, 8), normal(2, 2, 2, length, 8)
+    valid = np.random.default_rng(3).random((2, length)) < 0.7
+    valid[1, : length // 2] = False
+    seen = np.broadcast_to(valid[:, None], (2, length, length)).copy()
+    if causal:
+        seen &= np.tril(np.ones((length, length), bool))
+    out = attention(*map(jnp.asarray, (q, k, v, valid)), causal=causal)
+    np.testing.assert_allclose(out, plain_attention(q, k, v, seen), atol=2e-6)
+
+
+def test_decode_attention_and_its_weights():
+    q, k, v = normal(0, 2, 6, 1, 8), normal(1, 2, 2, 30, 8), normal(2, 2, 2, 30, 8)
+    valid = np.random.default_rng(3).random((2, 30)) < 0.5
+    out, weights = decode_attention(*map(jnp.asarray, (q, k, v, valid)))
+    np.testing.assert_allclose(out, plain_attention(q, k, v, valid[:, None]), atol=2e-6)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    assert (np.asarray(weights)[~np.broadcast_to(valid[:, None], weights.shape)] == 0).all()
+
+
+def test_prefill_attention_holds_no_square_matrix():
+    """Its largest intermediate grows with the length, not with the length squared."""
+
+    def largest(length):
+        shape = jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32)
+        jaxpr = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, causal=True))(shape, shape, shape)
+        return max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars)
+
+    assert largest(4096) <= 2 * 256 * 4096
+    assert largest(16384) <= 2 * (16384 // 16) * 16384
+
+
+def test_rotary_positions_are_relative():
+    """A query and a key turned by the same distance keep their product, at any offset."""
+    x, y = jnp.asarray(normal(0, 1, 1, 1, 64)), jnp.asarray(normal(1, 1, 1, 1, 64))
+
+    def product(a, b):
+        turn = lambda z, p: rotate(z, rotations(jnp.array([[p]]), 64, 1e6))  # noqa: E731
+        return float((turn(x, a) * turn(y, b)).sum())
+
+    assert product(3, 10) == pytest.approx(product(20003, 20010), abs=2e-3)
+    assert product(0, 0) == pytest.approx(float((x * y).sum()), abs=1e-5)
+
+
+@given(side=st.integers(1, 12), stride=st.integers(1, 4), seed=st.integers(0, 99))
+@pytest.mark.parametrize("mode", ["bilinear", "average", "max"])
+def test_pooling_equals_torch(mode, side, stride, seed):
+    if stride > side:
+        stride = side
+    x = normal(seed, 2, side * side, 3)
+    grid = torch.from_numpy(x).reshape(2, side, side, 3).permute(0, 3, 1, 2)
+    if mode == "bilinear":
+        size = [-(-side // stride)] * 2
+        wanted = torch.nn.functional.interpolate(grid, size=size, mode="bilinear")
+    elif mode == "average":
+        wanted = torch.nn.functional.avg_pool2d(grid, stride)
+    else:
+        wanted = torch.nn.functional.max_pool2d(grid, stride)
+    wanted = wanted.permute(0, 2, 3, 1).reshape(2, -1, 3)
+    np.testing.assert_allclose(pool(jnp.asarray(x), mode, stride), wanted, atol=1e-6)
+
+
+GRID = (2, 3)
+NEWLINE = -np.ones(4, np.float32)
+
+
+def place(features, kept, where):
+    return place_newlines(
+        jnp.asarray(features),
+        None if kept is None else jnp.asarray(kept, jnp.int32),
+        jnp.asarray(NEWLINE),
+        where,
+        GRID,
+    )
+
+
+def plain_sequence(clip, kept, where):
+    """The tokens and newlines that a clip's visual segment should hold, one by one."""
+    rows, columns = GRID
+    tokens = rows * columns
+    flat = clip.reshape(-1, clip.shape[-1])
+    span = {"grid": columns, "frame": tokens}.get(where)
+    sequence = []
+    for position, index in enumerate(kept):
+        sequence.append((flat[index], True))
+        following = kept[position + 1] if position + 1 < len(kept) else None
+        if span and (following is None or following // span != index // span):
+            sequence.append((NEWLINE, False))
+    if where == "one_token":
+        sequence.append((NEWLINE, False))
+    return sequence
+
+
+@pytest.mark.parametrize("where", ["one_token", "grid", "frame", "no_token"])
+@given(seed=st.integers(0, 500), frames=st.integers(1, 4), share=st.floats(0.05, 1))
+def test_newlines_follow_the_rows_that_are_left(where, seed, frames, share):
+    """Also where whole rows or frames are gone: their newline goes with them."""
+    features = normal(seed, 2, frames, 6, 4)
+    total = frames * 6
+    count = max(1, int(share * total))
+    rng = np.random.default_rng(seed)
+    kept = np.stack([np.sort(rng.permutation(total)[:count]) for _ in range(2)])
+    visual = place(features, kept, where)
+    assert visual.valid.shape[1] == count + newline_slots(where, GRID, frames)
+    for row in range(2):
+        wanted = plain_sequence(features[row], kept[row], where)
+        valid = np.asarray(visual.valid[row])
+        np.testing.assert_array_equal(visual.embeds[row][valid], [vector for vector, _ in wanted])
+        np.testing.assert_array_equal(visual.is_visual[row][valid], [is_v for _, is_v in wanted])
+
+
+@pytest.mark.parametrize("where", ["one_token", "grid", "frame", "no_token"])
+def test_all_tokens_kept_is_the_reference_layout(where):
+    """LLaVA-NeXT's add_token_per_grid, add_token_per_frame and the single token, in torch."""
+    features = normal(1, 1, 3, 6, 4)
+    clip = torch.from_numpy(features[0])
+    newline = torch.from_numpy(NEWLINE)
+    if where == "grid":
+        grid = clip.reshape(3, 2, 3, 4)
+        wanted = torch.cat([grid, newline.expand(3, 2, 1, 4)], dim=2).reshape(-1, 4)
+    elif where == "frame":
+        wanted = torch.cat([clip, newline.expand(3, 1, 4)], dim=1).reshape(-1, 4)
+    else:
+        wanted = clip.reshape(-1, 4)
+        if where == "one_token":
+            wanted = torch.cat([wanted, newline[None]])
+    visual = place(features, None, where)
+    assert visual.valid.all()
+    np.testing.assert_array_equal(visual.embeds[0], wanted)
+
+
+def test_official_order_is_kept_with_one_newline():
+    features = normal(2, 1, 2, 6, 4)
+    kept = np.array([[3, 0, 11, 7]])
+    visual = place(features, kept, "one_token")
+    np.testing.assert_array_equal(visual.embeds[0, :4], features.reshape(12, 4)[kept[0]])
+    np.testing.assert_array_equal(visual.embeds[0, 4], NEWLINE)

@@ -1,0 +1,211 @@
+"""The networks equal transformers' torch models, from checkpoints in both layouts, in float32."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from checkpoints import VIDEO_TOKEN, tiny_llava_hf, to_lmms_lab
+from tokenizers_for_tests import tiny_tokenizer
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from dycoke_jax import LlavaVideo, checkpoint
+from dycoke_jax.generation.assemble import TextIds, place_newlines
+from dycoke_jax.generation.encode import encode
+from dycoke_jax.generation.prefill import no_visual, read_prompt
+from dycoke_jax.inputs.prompts import build_prompt
+from dycoke_jax.models.llava import bind
+from dycoke_jax.models.qwen2 import positions_of
+
+TOLERANCE = 1e-4
+FRAMES, SIDE = 5, 98  # a 7 x 7 grid of patches, pooled to 4 x 4
+
+
+@pytest.fixture(scope="module", params=["llava-hf", "lmms-lab", "converted"])
+def layout(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def pair(request, layout, tmp_path_factory):
+    """The same weights in torch and here."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    hf = tiny_llava_hf(folder / "hf", tied=request.param, vision={"image_size": SIDE}, deviation=0.2)
+    ours = hf
+    if layout == "lmms-lab":
+        ours = to_lmms_lab(hf, folder / "lmms")
+    tiny_tokenizer().save_pretrained(ours)
+    if layout == "converted":
+        checkpoint.convert(hf, folder / "converted")
+        ours = folder / "converted"
+    reference = LlavaOnevisionForConditionalGeneration.from_pretrained(hf).eval()
+    return reference, LlavaVideo.from_pretrained(ours)
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return np.random.default_rng(0).integers(0, 256, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def to_torch(frames):
+    pixels = torch.from_numpy(frames).float().permute(0, 3, 1, 2)
+    return (pixels / 255 - 0.5) / 0.5
+
+
+def test_vision_tower_block_by_block(pair, frames):
+    reference, ours = pair
+    with torch.no_grad():
+        states = reference.model.vision_tower(
+            to_torch(frames), output_hidden_states=True
+        ).hidden_states
+    tower = bind(ours.config, ours.params).vision_tower
+    assert len(states) == len(tower.layers) + 1
+    for index, layer in enumerate(tower.layers):
+        out = layer(jnp.asarray(states[index].numpy()))
+        np.testing.assert_allclose(out, states[index + 1], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(tower(jnp.asarray(frames)), states[-1], atol=TOLERANCE, rtol=0)
+
+
+def test_projector_pooling_and_newline(pair, frames):
+    reference, ours = pair
+    with torch.no_grad():
+        wanted = reference.model.get_video_features(
+            to_torch(frames)[None], vision_feature_layer=-1, vision_feature_select_strategy="full"
+        )
+    wanted = wanted.pooler_output.reshape(-1, ours.config.text.hidden_size)
+    features = encode(ours.config, ours.params, [frames])
+    newline = ours.params["image_newline"]
+    visual = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
+    np.testing.assert_allclose(visual.embeds[0], wanted, atol=TOLERANCE, rtol=0)
+
+
+def prompt_of(ours, has_video, text="What happens here, and when?"):
+    return build_prompt(ours.tokenizer, text, has_video=has_video)
+
+
+def hf_ids(prompt, visual):
+    return torch.tensor([[*prompt.before, *[VIDEO_TOKEN] * visual, *prompt.after]])
+
+
+def test_language_model_block_by_block(pair):
+    reference, ours = pair
+    ids = torch.tensor([prompt_of(ours, False).after])
+    with torch.no_grad():
+        states = reference(input_ids=ids, output_hidden_states=True).hidden_states
+    language = bind(ours.config, ours.params).language_model
+    valid = jnp.ones(ids.shape, bool)
+    rope = language.rope(positions_of(valid))
+    for index, layer in enumerate(language.layers):
+        out, _ = layer.prefill(jnp.asarray(states[index].numpy()), rope, valid)
+        if index + 1 == len(language.layers):
+            out = language.norm(out)  # transformers' last state is the normed one
+        np.testing.assert_allclose(out, states[index + 1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("has_video", [True, False], ids=["video", "text"])
+def test_logits_at_every_position(pair, frames, has_video):
+    reference, ours = pair
+    prompt = prompt_of(ours, has_video)
+    visual = FRAMES * 16 + 1 if has_video else 0
+    video = {"pixel_values_videos": to_torch(frames)[None]} if has_video else {}
+    with torch.no_grad():
+        wanted = reference(input_ids=hf_ids(prompt, visual), **video).logits[0].numpy()
+
+    model = bind(ours.config, ours.params)
+    # Padded on purpose: empty slots between the segments must change nothing.
+    text = TextIds(
+        jnp.asarray([[*prompt.before, 0, 0, 0]], jnp.int32),
+        jnp.asarray([len(prompt.before)]),
+        jnp.asarray([[*prompt.after, 0, 0]], jnp.int32),
+        jnp.asarray([len(prompt.after)]),
+    )
+    segment = no_visual(ours.config, 1)
+    if has_video:
+        features = encode(ours.config, ours.params, [frames])
+        newline = model.image_newline[...]
+        segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
+    x, _, valid = jax.jit(
+        lambda params, segment, text: read_prompt(bind(ours.config, params), segment, text)
+    )(ours.params, segment, text)
+    logits = np.asarray(model.logits(x))[0][np.asarray(valid[0])]
+    assert logits.shape == wanted.shape
+    np.testing.assert_allclose(logits, wanted, atol=TOLERANCE, rtol=0)
+    assert np.abs(wanted).max() > 1, "the weights must make a difference"
+
+
+@pytest.mark.parametrize("has_video", [True, False], ids=["video", "text"])
+def test_greedy_ids(pair, frames, has_video):
+    reference, ours = pair
+    prompt = prompt_of(ours, has_video)
+    visual = FRAMES * 16 + 1 if has_video else 0
+    video = {"pixel_values_videos": to_torch(frames)[None]} if has_video else {}
+    ids = hf_ids(prompt, visual)
+    with torch.no_grad():
+        wanted = reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=32,
+            pad_token_id=0,
+            **video,
+        )[0, ids.shape[1] :].tolist()
+    ours = LlavaVideo(ours.config, ours.params, ours.tokenizer)
+    ours.stop_ids = ()
+    answer = ours.generate(
+        [frames if has_video else None],
+        ["What happens here, and when?"],
+        compression=None,
+        max_new_tokens=32,
+    )[0]
+    assert len(wanted) == 32
+    assert list(answer.token_ids) == wanted
+    assert len(set(wanted)) > 3, "a constant answer would prove little"
+
+
+@pytest.mark.slow
+def test_true_size_half_billion(tmp_path):
+    """The 0.5B model at its true size, from lmms-lab files that only name their vision tower."""
+    sizes = {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+    }
+    tower = {
+        "hidden_size": 1152,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "intermediate_size": 4304,
+        "image_size": 384,
+    }
+    hf = tiny_llava_hf(tmp_path / "hf", tied=True, text=sizes, vision=tower, shards="2GB")
+    ours = to_lmms_lab(hf, tmp_path / "lmms", mm_vision_tower="google/siglip-so400m-patch14-384")
+    settings = json.loads((ours / "config.json").read_text())
+    del settings["vision_config"]
+    (ours / "config.json").write_text(json.dumps(settings))
+    tiny_tokenizer().save_pretrained(ours)
+    frames = np.random.default_rng(1).integers(0, 256, (2, 384, 384, 3), dtype=np.uint8)
+
+    model = LlavaVideo.from_pretrained(ours)
+    model.stop_ids = ()
+    answer = model.generate([frames], ["What is it?"], compression=None, max_new_tokens=8)[0]
+    prompt = prompt_of(model, True, "What is it?")
+    del model
+
+    reference = LlavaOnevisionForConditionalGeneration.from_pretrained(hf).eval()
+    ids = hf_ids(prompt, 2 * 196 + 1)
+    with torch.no_grad():
+        wanted = reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values_videos=to_torch(frames)[None],
+            do_sample=False,
+            max_new_tokens=8,
+            pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()
+    assert list(answer.token_ids) == wanted
+    assert answer.tokens.visual == answer.tokens.merged == 392
