@@ -162,6 +162,7 @@ def test_mixed_stream_compiles_nothing_after_warm_up(model):
     method = DyCoke(layer=2)
 
     def run(index, question, **settings):
+        settings = {"max_new_tokens": 32} | settings  # one bucket
         model.generate([video(index, 8)], [question], compression=method, **settings)
         return [program._cache_size() for program in programs]
 
@@ -172,14 +173,15 @@ def test_mixed_stream_compiles_nothing_after_warm_up(model):
         {"temperature": 1.2, "top_k": 5, "top_p": 0.9},
         {"max_new_tokens": 1},
         {"stream": True},
-        {"system": "Be kind."},
+        {"system": "Be kind to the person who asks."},
     ]
     for index, settings in enumerate(variants):
         if settings.get("stream"):
-            list(model.generate([video(1, 8)], ["So?"], compression=method, **settings))
+            streamed = {"max_new_tokens": 9, "stream": True}
+            list(model.generate([video(1, 8)], ["So?"], compression=method, **streamed))
             assert [program._cache_size() for program in programs] == warm
         else:
-            assert run(index, "What is it" + "?" * index, **settings) == warm
+            assert run(index, "Who" + "?" * index, **settings) == warm
 
 
 def test_stop_tokens_end_a_row_alone(model):
@@ -219,14 +221,14 @@ def test_streamed_pieces_make_up_the_answers(model):
 
 def test_streams_whole_characters_only(model):
     """Every id is a byte here: the bytes of one character must not come apart."""
-    from dycoke_jax.engine import Generated, Seconds
+    from dycoke_jax.engine import Generated, Seconds, TokenCounts
     from dycoke_jax.llava_video import _Text
 
     ids = model.tokenizer.backend_tokenizer.encode("a né 日本 🙂!").ids
-    text, shown = _Text(model.tokenizer), []
+    text, shown, counts = _Text(model.tokenizer), [], TokenCounts(1, 0, 0, 0, (), 0, 1)
     for end in range(1, len(ids) + 1):
         reason = "length" if end == len(ids) else None
-        shown.append(text.extend(Generated(tuple(ids[:end]), reason, None, Seconds())))
+        shown.append(text.extend(Generated(tuple(ids[:end]), reason, counts, Seconds())))
     assert "".join(shown) == "a né 日本 🙂!"
     assert not any("�" in piece for piece in shown)
 

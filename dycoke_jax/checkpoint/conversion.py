@@ -114,7 +114,7 @@ def export(
     checkpoint = open_checkpoint(src)
     source_config = read_config(checkpoint.folder)
     is_llava_hf = source_config["model_type"] == "llava_onevision"
-    weights = _with_post_norm(open_weights(checkpoint))
+    weights = with_post_norm(open_weights(checkpoint))
     if not is_llava_hf:
         # The configuration that is made says nothing of a head or of blocks that are not run.
         weights = replace(weights, carried={path: weights.carried[path] for path in POST_NORM})
@@ -130,7 +130,7 @@ def export(
         if is_llava_hf:
             _copy_config(checkpoint.folder, folder, source_config, main_dtype)
         else:
-            _write_config(folder, _new_config(checkpoint, main_dtype))
+            write_config(folder, _new_config(checkpoint, main_dtype))
         tensors = _prepared(weights, paths, wanted, progress, not_finite)
         write_safetensors(
             folder,
@@ -162,7 +162,7 @@ def _prepared(
             progress(done, total, path)
 
 
-def _with_post_norm(weights: Weights) -> Weights:
+def with_post_norm(weights: Weights) -> Weights:
     """The weights with ones and zeros for the tower's final norm where the source has none."""
     like = weights.params["vision_tower.layers.0.layer_norm1.weight"]
     made = {path: like for path in POST_NORM if path not in weights.carried}
@@ -187,7 +187,7 @@ def _copy_config(source: Path, target: Path, config: Mapping[str, Any], dtype: n
     if all(config.get(key, dtype.name) == dtype.name for key in _DTYPE_KEYS):
         shutil.copyfile(source / CONFIG, target / CONFIG)
     else:
-        _write_config(target, _with_dtype(config, dtype.name))
+        write_config(target, _with_dtype(config, dtype.name))
 
 
 # transformers casts what it loads to this; 4 writes the first key and 5 the second.
@@ -203,7 +203,7 @@ def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: change(key, value) for key, value in config.items()}
 
 
-def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,12 @@
 """The whole model: tower, projector, pooling, newline, language model and head."""
 
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
@@ -89,15 +91,23 @@ def bind(config: LlavaConfig, params: Params) -> Llava:
     return nnx.merge(graphdef, state)
 
 
+def random_param(path: str, shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "..."]:
+    """One weight as an untrained model has it, float32: norms 1, biases 0, the rest normal (.02).
+
+    It depends on its path and the seed alone, so a model can be made tensor by tensor.
+    """
+    *_, module, name = ["", *path.split(".")]
+    if name == "bias":
+        return np.zeros(shape, np.float32)
+    if "norm" in module:
+        return np.ones(shape, np.float32)
+    random = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    return random.standard_normal(shape, np.float32) * np.float32(0.02)
+
+
 def random_params(config: LlavaConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> Params:
-    """Weights as an untrained model has them: norms 1, biases 0, the rest normal (deviation .02)."""
-    params = {}
-    for index, (path, leaf) in enumerate(abstract_params(config).items()):
-        if "norm" in path.split(".")[-2:][0] and path.endswith("weight"):
-            params[path] = jnp.ones(leaf.shape, dtype)
-        elif path.endswith("bias"):
-            params[path] = jnp.zeros(leaf.shape, dtype)
-        else:
-            key = jax.random.fold_in(jax.random.key(seed), index)
-            params[path] = 0.02 * jax.random.normal(key, leaf.shape, dtype)
-    return params
+    """The weights of an untrained model."""
+    return {
+        path: jnp.asarray(random_param(path, leaf.shape, seed), dtype)
+        for path, leaf in abstract_params(config).items()
+    }
