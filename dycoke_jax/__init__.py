@@ -8,8 +8,8 @@
 
 How a clip becomes an answer, and where: ``inputs`` (file to frames, question to ids), ``models``
 (tower, projector, language model), ``compression`` (which visual tokens stay), ``generation``
-(prefill and decoding, compiled), ``engine`` (requests to batches), ``llava_video`` (all of it behind
-one class), ``checkpoint`` (weights on disk). Axis letters of shape annotations: ``axes``.
+(prefill and decoding, compiled), ``engine`` (requests to batches), ``llava_video`` (all of it
+behind one class), ``checkpoint`` (weights on disk). Axis letters of shape annotations: ``axes``.
 """
 
 from importlib import import_module

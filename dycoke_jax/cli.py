@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dycoke_jax import __version__
 from dycoke_jax.config import PRESETS, PoolMode
-from dycoke_jax.errors import DycokeError
+from dycoke_jax.errors import ConfigError, DycokeError
 
 # Heavy imports (jax, flax, PyAV) happen inside the commands, so that --help answers at once.
 
@@ -32,16 +32,17 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line; a DycokeError becomes its message and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()
     except DycokeError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        _say(f"error: {error}", style="red")
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(f"dycoke-jax {__version__}")
         raise typer.Exit
@@ -50,37 +51,16 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = None,
 ) -> None:
     pass
 
 
-class Dtype(StrEnum):
-    """What weights are stored and computed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Layout(StrEnum):
-    """What ``convert`` writes."""
-
-    orbax = "orbax"
-    llava_hf = "llava-hf"
-
-
-class ModeName(StrEnum):
-    """Mode of DyCoke."""
-
-    paper = "paper"
-    official = "official"
-
-
-Pool = StrEnum("Pool", list(PoolMode.__args__))  # type: ignore[attr-defined]
-Preset = StrEnum("Preset", [(name, name) for name in PRESETS])  # type: ignore[misc]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @app.command(
@@ -88,41 +68,45 @@ Preset = StrEnum("Preset", [(name, name) for name in PRESETS])  # type: ignore[m
     "--dtype bfloat16`"
 )
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder (lmms-lab, llava-hf, converted) or hub id.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder (lmms-lab, llava-hf, converted) or hub id.")
+    ],
     destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
     to: Annotated[
-        Layout, typer.Option(help="orbax: for this library. llava-hf: for transformers.")
-    ] = Layout.orbax,
+        Literal["orbax", "llava-hf"],
+        typer.Option(help="orbax: for this library. llava-hf: for transformers."),
+    ] = "orbax",
     dtype: Annotated[Dtype | None, typer.Option(help="Change the dtype of all weights.")] = None,
 ) -> None:
     """Convert a checkpoint, bit for bit unless --dtype is given."""
     from dycoke_jax import checkpoint
 
-    write = checkpoint.convert if to is Layout.orbax else checkpoint.export
+    write = checkpoint.convert if to == "orbax" else checkpoint.export
     with _bars() as bar:
         write(source, destination, dtype=dtype, progress=_bytes(bar, "converting"))
-    Console(stderr=True).print(f"wrote {destination}", highlight=False)
+    _say(f"wrote {destination}")
 
 
 @app.command(epilog="Example: `dycoke-jax init tiny-random --preset tiny`")
 def init(
     destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
-    preset: Annotated[Preset, typer.Option(help="Sizes of the model.")] = Preset("tiny"),
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.float32,
+    preset: Annotated[str, typer.Option(help=f"Sizes: {', '.join(PRESETS)}.")] = "tiny",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
 ) -> None:
     """Make an untrained checkpoint (llava-hf layout): the real shapes, answers of pure noise."""
     from dycoke_jax.checkpoint.untrained import write_untrained
 
+    if preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     with _bars() as bar:
-        write_untrained(
-            destination, PRESETS[preset.value], dtype, seed, _bytes(bar, "writing weights")
-        )
-    Console(stderr=True).print(f"wrote {destination} (random weights)", highlight=False)
+        write_untrained(destination, PRESETS[preset], dtype, seed, _bytes(bar, "writing weights"))
+    _say(f"wrote {destination}: random weights, its answers mean nothing")
 
 
 @app.command(
-    epilog='Example: `dycoke-jax generate --model ov-0.5b --video clip.mp4 --prompt "What happens?"`'
+    epilog="Example: `dycoke-jax generate --model ov-0.5b --video clip.mp4 "
+    '--prompt "What happens?"`'
 )
 def generate(
     model: Annotated[str, typer.Option(help="Folder or hub id of the checkpoint.")],
@@ -137,8 +121,9 @@ def generate(
         float, typer.Option(help="DyCoke: similarity below which the kept set is chosen anew.")
     ] = 0.9,
     mode: Annotated[
-        ModeName, typer.Option(help="DyCoke as in the paper or as in the published code.")
-    ] = ModeName.paper,
+        Literal["paper", "official"],
+        typer.Option(help="DyCoke as in the paper or as in the published code."),
+    ] = "paper",
     no_dycoke: Annotated[bool, typer.Option("--no-dycoke", help="Run the plain model.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -151,8 +136,12 @@ def generate(
     time_text: Annotated[
         bool, typer.Option("--time-text", help="Tell the model the frames' times (LLaVA-Video).")
     ] = False,
-    pool_mode: Annotated[Pool | None, typer.Option(help="Override the config's pooling.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Compute in this; default: as stored.")] = None,
+    pool_mode: Annotated[
+        PoolMode | None, typer.Option(help="Override the config's pooling.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Compute in this; default: as stored.")
+    ] = None,
     allow_damaged: Annotated[
         bool, typer.Option("--allow-damaged", help="Use what can be decoded of a damaged clip.")
     ] = False,
@@ -164,15 +153,14 @@ def generate(
     from dycoke_jax.llava_video import LlavaVideo
 
     # Refuse bad settings and a missing clip before a large checkpoint is read.
-    compression = None if no_dycoke else DyCoke(k, layer, p, threshold, mode.value)
+    compression = None if no_dycoke else DyCoke(k, layer, p, threshold, mode)
     if video is not None:
         _check_file(video)
-    console = Console(stderr=True, highlight=False)
     with _bars() as bar:
         llava = LlavaVideo.from_pretrained(
             model,
             dtype=dtype,
-            pool_mode=None if pool_mode is None else pool_mode.value,
+            pool_mode=pool_mode,
             progress=_bytes(bar, "loading weights"),
         )
         pieces = llava.generate(
@@ -209,13 +197,18 @@ def generate(
         return
     print()
     for note in answer.notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
-    console.print(f"tokens: {answer.tokens}", markup=False)
+        _say(f"note: {note}", style="yellow")
+    _say(f"tokens: {answer.tokens}")
     times = answer.seconds
-    console.print(
+    _say(
         f"seconds: vision {times.vision:.2f}, prefill {times.prefill:.2f}, decode "
         f"{times.decode:.2f} (compilation included)"
     )
+
+
+def _say(text: str, style: str | None = None) -> None:
+    """Writes a line for the person at the terminal, as it is and unbroken."""
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_file(path: Path) -> None:
@@ -233,7 +226,9 @@ def _bars() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield progress
 
 
@@ -253,5 +248,3 @@ def _bytes(bars: Progress, what: str) -> Callable[[int, int, str], None]:
     show = _counts(bars)
     mega = 1 << 20
     return lambda done, total, _: show(f"{what} (MiB)", -(-done // mega), -(-total // mega))
-
-

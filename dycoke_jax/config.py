@@ -80,7 +80,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A LLaVA-OneVision or LLaVA-Video model: tower, projector, pooling, newline, language model."""
+    """A LLaVA-OneVision or LLaVA-Video model."""
 
     vision: VisionConfig
     text: TextConfig
@@ -381,7 +381,7 @@ VIDEO_72B = LlavaConfig(VisionConfig(), _QWEN2_72B, pool_mode="average", newline
 
 TINY = LlavaConfig(
     VisionConfig(64, 128, 2, 4, patch_size=14, image_size=112),
-    _qwen2(320, 64, 128, 6, 4, 2, tied=True),
+    _qwen2(320, 64, 128, 6, 4, 2),
 )
 """No released model: a few weights of the same structure, for trying things out."""
 

@@ -250,7 +250,7 @@ def _text(requests: Sequence[Request], rows: int) -> TextIds:
     prefix, prefix_length = _pad(prefixes, rows, bucket(longest, MIN_PREFIX) if longest else 0)
     longest = max(map(len, questions))
     question, question_length = _pad(questions, rows, bucket(longest, MIN_QUESTION))
-    return TextIds(prefix, prefix_length, question, question_length)
+    return TextIds(*map(jnp.asarray, (prefix, prefix_length, question, question_length)))
 
 
 def _pad(
@@ -266,8 +266,8 @@ def _pad(
 
 
 def _sampling(requests: Sequence[Request], rows: int) -> Sampling:
-    def column(values: list, kind: type, empty: float) -> np.ndarray:
-        return np.array(values + [empty] * (rows - len(values)), kind)
+    def column(values: list, kind: type, empty: float) -> Array:
+        return jnp.asarray(np.array(values + [empty] * (rows - len(values)), kind))
 
     return Sampling(
         temperature=column([r.temperature for r in requests], np.float32, 0),
@@ -307,9 +307,7 @@ def _results(
         results.append(
             Generated(
                 token_ids=tuple(tokens[row, : count[row]].tolist()),
-                finish_reason=None
-                if not done[row]
-                else ("stop" if stopped[row] else "length"),
+                finish_reason=None if not done[row] else ("stop" if stopped[row] else "length"),
                 tokens=TokenCounts(
                     prompt=int(length[row]),
                     visual=request.num_frames * config.tokens_per_frame,

@@ -153,7 +153,7 @@ class LlavaVideo:
         **settings: Any,
     ) -> Iterator[Piece]: ...
 
-    def generate(
+    def generate(  # type: ignore[misc]  # it spells the settings out
         self,
         videos: Sequence[Video | None] | None,
         prompts: Sequence[Conversation],
@@ -211,7 +211,7 @@ class LlavaVideo:
             raise RequestError(f"{len(videos)} videos but {count} prompts; give one each")
         if batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
-        each = {
+        each: dict[str, Sequence[Any]] = {
             "max_new_tokens": _each("max_new_tokens", max_new_tokens, count),
             "temperature": _each("temperature", temperature, count),
             "top_k": _each("top_k", top_k, count),
@@ -289,9 +289,7 @@ class LlavaVideo:
         )
         finished: set[int] = set()
         for update in updates:
-            for row, (prepared, text, row_now) in enumerate(
-                zip(group, texts, update, strict=True)
-            ):
+            for row, (prepared, text, row_now) in enumerate(zip(group, texts, update, strict=True)):
                 if row in finished:
                     continue
                 piece = text.extend(row_now)
@@ -309,9 +307,7 @@ class LlavaVideo:
                 elif piece:
                     yield Piece(prepared.index, piece)
 
-    def _read(
-        self, video: Video | None, sampling: Sampling, allow_damaged: bool
-    ) -> Clip | None:
+    def _read(self, video: Video | None, sampling: Sampling, allow_damaged: bool) -> Clip | None:
         size = self.config.vision.image_size
         if video is None:
             return None

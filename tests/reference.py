@@ -84,7 +84,10 @@ class Qwen2:
             slots = visible(t)
             keys, values = cache["k"][slots], cache["v"][slots]
             weights = np.stack(
-                [softmax(keys[:, h // group] @ q[t, h] / c.head_dim**0.5) for h in range(c.num_heads)]
+                [
+                    softmax(keys[:, h // group] @ q[t, h] / c.head_dim**0.5)
+                    for h in range(c.num_heads)
+                ]
             )
             for h_index in range(c.num_heads):
                 out[t, h_index] = weights[h_index] @ values[:, h_index // group]
@@ -111,7 +114,7 @@ class Qwen2:
         for number, cache in enumerate(caches):
             positions = range(len(prompt))
             x, _ = self.attend(number, x, cache, positions, lambda t: list(range(t + 1)))
-        logits, kept_sets, refreshes = [self.logits(x[-1])], [], []
+        logits, kept_sets, refreshes, weights = [self.logits(x[-1])], [], [], None
         keep, kept, last = kept_of(len(candidates), p), None, None
         for index, token in enumerate(fed):
             now = len(prompt) + index

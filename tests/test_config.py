@@ -95,7 +95,11 @@ def test_released_sizes():
     """Tokens a frame, heads and parameters as published."""
     assert (ONEVISION_7B.tokens_per_frame, VIDEO_7B.tokens_per_frame) == (196, 169)
     assert ONEVISION_7B.vision.grid == 27
-    assert [c.text.head_dim for c in (ONEVISION_0_5B, ONEVISION_7B, ONEVISION_72B)] == [64, 128, 128]
+    assert [c.text.head_dim for c in (ONEVISION_0_5B, ONEVISION_7B, ONEVISION_72B)] == [
+        64,
+        128,
+        128,
+    ]
 
     from math import prod
 

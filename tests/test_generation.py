@@ -64,7 +64,9 @@ def test_a_row_of_a_mixed_batch_equals_the_request_alone(model, compression):
 
 
 @pytest.mark.parametrize("newline", ["grid", "frame", "no_token"])
-@pytest.mark.parametrize("compression", [None, DyCoke(k=0.9, layer=1, p=0.5)], ids=["plain", "paper"])
+@pytest.mark.parametrize(
+    "compression", [None, DyCoke(k=0.9, layer=1, p=0.5)], ids=["plain", "paper"]
+)
 def test_rows_in_the_layouts_of_llava_video(newline, compression):
     """Rows whose clips lose different rows of their grids still equal themselves alone."""
     model = tiny_model(newline, "average")
@@ -118,7 +120,9 @@ def test_counts_are_what_was_promised(model):
     assert counts.generated == 6
     assert str(counts) == "128 visual -> 56 after merging -> 16 attended per step"
     official = DyCoke(layer=2, mode="official")
-    counts = model.generate([video(0, 8)], ["What?"], compression=official, max_new_tokens=6)[0].tokens
+    counts = model.generate([video(0, 8)], ["What?"], compression=official, max_new_tokens=6)[
+        0
+    ].tokens
     # The last window's third frame stays whole; the last visual token is always attended to.
     assert counts.merged == 3 * 16 + 5 * 4
     assert set(counts.attended) <= {int(67 * 0.3) + 1, 68}
@@ -243,7 +247,9 @@ def test_windows_of_a_long_list_keep_the_order(model):
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 7])
 def test_every_number_of_frames_works_in_paper_mode(model, frames):
-    answer = model.generate([video(0, frames)], ["?"], compression=DyCoke(layer=2), max_new_tokens=3)[0]
+    answer = model.generate(
+        [video(0, frames)], ["?"], compression=DyCoke(layer=2), max_new_tokens=3
+    )[0]
     compared = frames - -(-frames // 4)
     assert answer.tokens.merged == 16 * -(-frames // 4) + 4 * compared
     assert len(answer.token_ids) == 3

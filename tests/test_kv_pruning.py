@@ -110,7 +110,7 @@ def ragged_prompts(config, params, seed, lengths, visual):
 
 def run_steps(config, params, text, visual, slots, pruning, fed):
     """Logits [steps, B, L], refreshed [steps, B] and the states of feeding given tokens."""
-    x, caches, valid = read_prompt(bind(config, params), visual, text)
+    _, caches, valid = read_prompt(bind(config, params), visual, text)
     rows = len(text.prefix)
     state = start(caches, valid, visual, limits(rows), pruning, slots.generated)
     logits, refreshed, states = [], [], []
@@ -165,7 +165,7 @@ def test_working_set_equals_a_masked_full_cache():
 
     # The same choices, shown through a mask: a threshold above 1 makes it use a set at each step,
     # and scores that are the compact run's chosen set make that set its choice.
-    x, caches, valid = read_prompt(bind(config, params), segment, text)
+    _, caches, valid = read_prompt(bind(config, params), segment, text)
     masked = ReplayedMask(2, slots, [np.asarray(s.pruned.chosen) for s in states])
     state = start(caches, valid, segment, limits(3), masked, slots.generated)
     for index, tokens in enumerate(fed):

@@ -32,7 +32,9 @@ def layout(request):
 def pair(request, layout, tmp_path_factory):
     """The same weights in torch and here."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    hf = tiny_llava_hf(folder / "hf", tied=request.param, vision={"image_size": SIDE}, deviation=0.2)
+    hf = tiny_llava_hf(
+        folder / "hf", tied=request.param, vision={"image_size": SIDE}, deviation=0.2
+    )
     ours = hf
     if layout == "lmms-lab":
         ours = to_lmms_lab(hf, folder / "lmms")

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers_for_tests import CONTROL, PLACES, qwen2_tokenizer, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dycoke_jax.errors import CheckpointError, PromptError
 from dycoke_jax.inputs import Prompt, build_prompt, load_tokenizer, stop_ids, time_instruction
-from tokenizers_for_tests import CONTROL, PLACES, qwen2_tokenizer, tiny_tokenizer
 
 QWEN2 = qwen2_tokenizer()
 TINY = tiny_tokenizer()

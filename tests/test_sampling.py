@@ -85,6 +85,8 @@ def test_seed_and_position_change_the_draw(change):
     scores = jnp.zeros((1, 1000))
     base = int(sample(scores, settings(1.0, seed=0), jnp.int32(0))[0])
     other = int(
-        sample(scores, settings(1.0, seed=change.get("seed", 0)), jnp.int32(change.get("index", 0)))[0]
+        sample(
+            scores, settings(1.0, seed=change.get("seed", 0)), jnp.int32(change.get("index", 0))
+        )[0]
     )
     assert base != other

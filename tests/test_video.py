@@ -7,6 +7,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from clips import (
+    cut,
+    frame_numbers,
+    numbered_frame,
+    real_clip,
+    scramble,
+    textured,
+    trim_by_edit_list,
+    write_clip,
+    write_sound,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,17 +31,6 @@ from dycoke_jax.inputs import (
     frame_times,
     read_clip,
     resize,
-)
-from clips import (
-    cut,
-    frame_numbers,
-    numbered_frame,
-    real_clip,
-    scramble,
-    textured,
-    trim_by_edit_list,
-    write_clip,
-    write_sound,
 )
 
 SIZE = 64

@@ -45,7 +45,7 @@ def write_untrained(
 
     def make(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         for path in paths:
-            yield path, random_param(path, shapes[path].shape, seed).astype(kind)
+            yield path, random_param(path, shapes[path].shape, seed)
 
     infos = {path: TensorInfo(leaf.shape, kind) for path, leaf in shapes.items()}
     weights = with_post_norm(Weights(infos, {}, make))
@@ -76,4 +76,6 @@ def save_byte_tokenizer(folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(CONTROL_TOKENS))
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(
+        folder
+    )

@@ -18,6 +18,8 @@ from dycoke_jax.models.qwen2 import KV
 class Compressor(Protocol):
     """A method with its settings; hashable, because compiled programs are made for it."""
 
+    def __hash__(self) -> int: ...
+
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Raises ConfigError where these settings cannot work on this model or clip length."""
 
@@ -72,7 +74,11 @@ class DecodePruning(Protocol):
         """
 
     def update(
-        self, state: Any, scores: Float[Array, "B V"], step: Int[Array, ""], active: Bool[Array, "B"]
+        self,
+        state: Any,
+        scores: Float[Array, "B V"],
+        step: Int[Array, ""],
+        active: Bool[Array, "B"],
     ) -> Any:
         """The state for one step.
 

@@ -79,9 +79,7 @@ def _path(keys: tuple) -> str:
 def abstract_params(config: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and (float32) dtype of every parameter, without making any."""
     _, leaves = _split(config)
-    return {
-        _path(keys): jax.ShapeDtypeStruct(param.shape, param.dtype) for keys, param in leaves
-    }
+    return {_path(keys): jax.ShapeDtypeStruct(param.shape, param.dtype) for keys, param in leaves}
 
 
 def bind(config: LlavaConfig, params: Params) -> Llava:

@@ -40,5 +40,3 @@ def _bilinear_weights(size: int, new_size: int) -> Float[Array, "new old"]:
     centres = np.clip((np.arange(new_size) + 0.5) * size / new_size - 0.5, 0, size - 1)
     weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(size)))
     return jnp.asarray(weights, jnp.float32)
-
-
