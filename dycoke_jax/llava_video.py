@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -27,7 +28,7 @@ from dycoke_jax.inputs.prompts import (
     stop_ids,
     time_instruction,
 )
-from dycoke_jax.inputs.video import Clip, Sampling, clip_from_array, read_clip
+from dycoke_jax.inputs.video import Clip, FrameSampling, clip_from_array, read_clip
 from dycoke_jax.models.llava import Params
 
 Video = str | PathLike[str] | np.ndarray
@@ -187,7 +188,7 @@ class LlavaVideo:
             top_k: draw among so many tokens; 0 is all.
             top_p: draw among the fewest tokens that hold this probability; 1 is all.
             seed: of the random draws.
-            frames: how many of a file's frames to look at (see ``inputs.video.Sampling``).
+            frames: how many of a file's frames to look at (see ``inputs.video.FrameSampling``).
             fps: frames a second to look at instead, ``frames`` at most.
             system: text of the system turn; None for no such turn.
             time_text: tell the model when the frames were taken, as LLaVA-Video does.
@@ -218,10 +219,15 @@ class LlavaVideo:
             "top_p": _each("top_p", top_p, count),
             "seed": _each("seed", seed, count),
         }
-        sampling = Sampling(frames=frames, fps=fps)
+        sampling = FrameSampling(frames=frames, fps=fps)
+
+        # The frames of a single clip are worth showing; of many, the clips are.
+        decoding = None
+        if progress and count == 1:
+            decoding = partial(progress, "decoding frames")
 
         def prepare(index: int) -> "_Prepared":
-            clip = self._read(videos[index], sampling, allow_damaged)
+            clip = self._read(videos[index], sampling, allow_damaged, decoding)
             times = None
             if time_text and clip is not None:
                 times = time_instruction(clip.duration, clip.times)
@@ -307,12 +313,18 @@ class LlavaVideo:
                 elif piece:
                     yield Piece(prepared.index, piece)
 
-    def _read(self, video: Video | None, sampling: Sampling, allow_damaged: bool) -> Clip | None:
+    def _read(
+        self,
+        video: Video | None,
+        sampling: FrameSampling,
+        allow_damaged: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> Clip | None:
         size = self.config.vision.image_size
         if video is None:
             return None
         if isinstance(video, str | PathLike):
-            return read_clip(video, sampling, size, allow_damaged=allow_damaged)
+            return read_clip(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
         return clip_from_array(video, size)
 
 

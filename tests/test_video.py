@@ -25,7 +25,7 @@ from PIL import Image
 from dycoke_jax.errors import ConfigError, VideoError
 from dycoke_jax.inputs import (
     Clip,
-    Sampling,
+    FrameSampling,
     clip_from_array,
     frame_indices,
     frame_times,
@@ -34,7 +34,7 @@ from dycoke_jax.inputs import (
 )
 
 SIZE = 64
-ALL = Sampling(frames=1000, fps=1000.0)  # every frame once
+ALL = FrameSampling(frames=1000, fps=1000.0)  # every frame once
 FASTSTART = {"movflags": "faststart"}
 
 
@@ -49,7 +49,7 @@ def numbers(clip: Clip) -> list[int]:
 def refused(path: Path, says: str) -> str:
     """The message that a file is refused with: one line, with the file's name and ``says``."""
     with pytest.raises(VideoError, match=says) as caught:
-        read_clip(path, Sampling(frames=4), SIZE)
+        read_clip(path, FrameSampling(frames=4), SIZE)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
@@ -60,28 +60,28 @@ def refused(path: Path, says: str) -> str:
 
 
 def test_even_sampling_is_the_reference_formula() -> None:
-    assert frame_indices(132, 25.0, Sampling()).tolist() == even(132, 32)
-    assert frame_indices(5, 25.0, Sampling(frames=8)).tolist() == [0, 0, 1, 1, 2, 2, 3, 4]
-    assert frame_indices(1, 25.0, Sampling(frames=3)).tolist() == [0, 0, 0]
-    assert frame_indices(9, 25.0, Sampling(frames=1)).tolist() == [0]
+    assert frame_indices(132, 25.0, FrameSampling()).tolist() == even(132, 32)
+    assert frame_indices(5, 25.0, FrameSampling(frames=8)).tolist() == [0, 0, 1, 1, 2, 2, 3, 4]
+    assert frame_indices(1, 25.0, FrameSampling(frames=3)).tolist() == [0, 0, 0]
+    assert frame_indices(9, 25.0, FrameSampling(frames=1)).tolist() == [0]
 
 
 def test_fps_sampling_is_the_reference_formula() -> None:
-    one = Sampling(frames=64, fps=1.0)
+    one = FrameSampling(frames=64, fps=1.0)
     assert frame_indices(100, 25.0, one).tolist() == [0, 25, 50, 75]
     assert frame_times(100, 25.0, one) == (0.0, 1.0, 2.0, 3.0)
     # Nominal times at 29.97 frames a second: index / 30.
     assert frame_indices(100, 29.97, one).tolist() == [0, 30, 60, 90]
     assert frame_times(100, 29.97, one) == (0.0, 1.0, 2.0, 3.0)
-    two = Sampling(frames=64, fps=2.0)
+    two = FrameSampling(frames=64, fps=2.0)
     assert frame_indices(30, 10.0, two).tolist() == [0, 5, 10, 15, 20, 25]
     assert frame_times(30, 10.0, two) == (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
     # More than the clip has: every frame.
-    assert frame_indices(4, 10.0, Sampling(frames=64, fps=100.0)).tolist() == [0, 1, 2, 3]
+    assert frame_indices(4, 10.0, FrameSampling(frames=64, fps=100.0)).tolist() == [0, 1, 2, 3]
 
 
 def test_fps_sampling_spreads_evenly_when_frames_are_too_many() -> None:
-    sampling = Sampling(frames=4, fps=1.0)
+    sampling = FrameSampling(frames=4, fps=1.0)
     assert frame_indices(125, 25.0, sampling).tolist() == even(125, 4)
     assert frame_times(125, 25.0, sampling) == tuple(i / 25 for i in even(125, 4))
     assert frame_indices(100, 25.0, sampling).tolist() == [0, 25, 50, 75]
@@ -96,7 +96,7 @@ def test_fps_sampling_spreads_evenly_when_frames_are_too_many() -> None:
 def test_indices_are_in_range_and_times_go_with_them(
     total: int, average_fps: float, frames: int, fps: float | None
 ) -> None:
-    sampling = Sampling(frames=frames, fps=fps)
+    sampling = FrameSampling(frames=frames, fps=fps)
     indices = frame_indices(total, average_fps, sampling)
     assert indices[0] == 0
     assert indices.max() < total
@@ -115,12 +115,12 @@ def test_indices_are_in_range_and_times_go_with_them(
 )
 def test_settings_that_choose_nothing_are_refused(frames: int, fps: float | None) -> None:
     with pytest.raises(ConfigError, match="needed"):
-        Sampling(frames=frames, fps=fps)
+        FrameSampling(frames=frames, fps=fps)
 
 
 def test_no_frames_to_choose_from() -> None:
     with pytest.raises(VideoError, match="without frames"):
-        frame_indices(0, 25.0, Sampling())
+        frame_indices(0, 25.0, FrameSampling())
 
 
 # Good files
@@ -148,7 +148,7 @@ def test_the_chosen_frames_are_the_right_ones(
     tmp_path: Path, name: str, settings: dict[str, object]
 ) -> None:
     path = write_clip(tmp_path / name, 24, **settings)  # type: ignore[arg-type]
-    clip = read_clip(path, Sampling(frames=7), SIZE)
+    clip = read_clip(path, FrameSampling(frames=7), SIZE)
     assert clip.frames.shape == (7, SIZE, SIZE, 3)
     assert clip.frames.dtype == np.uint8
     assert numbers(clip) == even(24, 7)
@@ -156,7 +156,7 @@ def test_the_chosen_frames_are_the_right_ones(
     assert (clip.total_frames, clip.fps, clip.duration) == (24, 10.0, pytest.approx(2.4))
     assert clip.notes == ()
     assert numbers(read_clip(path, ALL, SIZE)) == list(range(24))
-    assert numbers(read_clip(path, Sampling(fps=2.0), SIZE)) == [0, 5, 10, 15, 20]
+    assert numbers(read_clip(path, FrameSampling(fps=2.0), SIZE)) == [0, 5, 10, 15, 20]
 
 
 def test_vp8_frames_that_are_never_shown_do_not_count(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_vp8_frames_that_are_never_shown_do_not_count(tmp_path: Path) -> None:
 
 
 def test_real_clip_equals_plain_decoding() -> None:
-    clip = read_clip(real_clip(), Sampling(frames=9), 96)
+    clip = read_clip(real_clip(), FrameSampling(frames=9), 96)
     with av.open(str(real_clip())) as container:
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(decoded) == clip.total_frames == 132
@@ -195,17 +195,17 @@ def test_real_clip_equals_plain_decoding() -> None:
 def test_short_clip_repeats_frames(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mp4", 3)
     seen: list[tuple[int, int]] = []
-    clip = read_clip(path, Sampling(frames=8), SIZE, progress=lambda *step: seen.append(step))
+    clip = read_clip(path, FrameSampling(frames=8), SIZE, progress=lambda *step: seen.append(step))
     assert numbers(clip) == even(3, 8)
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_decoding_stops_behind_the_last_wanted_frame() -> None:
     seen: list[tuple[int, int]] = []
-    read_clip(real_clip(), Sampling(fps=0.2), 8, progress=lambda *step: seen.append(step))
+    read_clip(real_clip(), FrameSampling(fps=0.2), 8, progress=lambda *step: seen.append(step))
     assert seen[-1] == (126, 126)
     seen.clear()
-    read_clip(real_clip(), Sampling(frames=1), 8, progress=lambda *step: seen.append(step))
+    read_clip(real_clip(), FrameSampling(frames=1), 8, progress=lambda *step: seen.append(step))
     assert seen == [(1, 1)]
 
 
@@ -215,13 +215,13 @@ def test_odd_names_and_relative_paths(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("12:30 ünï.mp4", "concat:a|b.mp4", "file%03d.mp4", "no suffix"):
         path.rename(name)
         path = Path(name)
-        assert numbers(read_clip(name, Sampling(frames=3), SIZE)) == [0, 1, 2]
+        assert numbers(read_clip(name, FrameSampling(frames=3), SIZE)) == [0, 1, 2]
 
 
 def test_still_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
     path = tmp_path / "still.png"
     Image.fromarray(numbered_frame(77)).save(path)
-    clip = read_clip(path, Sampling(frames=2), SIZE)
+    clip = read_clip(path, FrameSampling(frames=2), SIZE)
     assert numbers(clip) == [77, 77]
     assert clip.total_frames == 1
     assert clip.times == (0.0, 0.0)
@@ -250,7 +250,7 @@ def test_rotation_tag_is_applied(
     path = write_clip(
         tmp_path / "clip.mp4", [four_colors()] * 3, rotation=degrees, pix_fmt="yuv444p"
     )
-    frame = read_clip(path, Sampling(frames=1), SIZE).frames[0].astype(int)
+    frame = read_clip(path, FrameSampling(frames=1), SIZE).frames[0].astype(int)
     np.testing.assert_allclose(frame[8, 8], top_left, atol=12)
     np.testing.assert_allclose(frame[8, -8], top_right, atol=12)
 
@@ -278,7 +278,7 @@ def test_cut_mp4_is_refused_unless_allowed(tmp_path: Path) -> None:
     message = refused(path, r"is cut: \d+ of its 132 frames are there; .*--allow-damaged")
     there = int(message.split(" is cut: ")[1].split()[0])
     assert 20 < there < 120
-    clip = read_clip(path, Sampling(frames=5), 96, allow_damaged=True)
+    clip = read_clip(path, FrameSampling(frames=5), 96, allow_damaged=True)
     whole = read_clip(real_clip(), ALL, 96)
     # Not the last one: packets are stored in the order of decoding, so the frames shown last
     # before the cut have lost some of those between them.
@@ -306,7 +306,7 @@ def test_noise_in_the_middle_is_refused_unless_allowed(tmp_path: Path) -> None:
     scramble(path, 0.5, 0.56)
     message = refused(path, r"is damaged: \d+ of its 60 frames can be decoded")
     assert "--allow-damaged" in message
-    clip = read_clip(path, Sampling(frames=6), SIZE, allow_damaged=True)
+    clip = read_clip(path, FrameSampling(frames=6), SIZE, allow_damaged=True)
     assert 30 < clip.total_frames <= 60
     assert numbers(clip)[0] == 0
     assert "is damaged" in clip.notes[0]
@@ -315,7 +315,7 @@ def test_noise_in_the_middle_is_refused_unless_allowed(tmp_path: Path) -> None:
 def test_noise_behind_the_last_wanted_frame_does_not_matter(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mp4", 60, options={"g": "10", "bf": "0"}, muxer=FASTSTART)
     scramble(path, 0.8, 0.9)
-    assert numbers(read_clip(path, Sampling(frames=1), SIZE)) == [0]
+    assert numbers(read_clip(path, FrameSampling(frames=1), SIZE)) == [0]
 
 
 def test_nothing_but_noise_inside(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_nothing_but_noise_inside(tmp_path: Path) -> None:
     path.write_bytes(bytes(data))
     refused(path, "not one of its video frames can be decoded")
     with pytest.raises(VideoError, match="not one of its video frames"):
-        read_clip(path, Sampling(frames=4), SIZE, allow_damaged=True)
+        read_clip(path, FrameSampling(frames=4), SIZE, allow_damaged=True)
 
 
 def test_cut_avi_says_what_its_header_promised(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_transport_stream_with_a_gap_is_refused_unless_allowed(tmp_path: Path) -
     middle = len(data) // 2 // 188 * 188
     path.write_bytes(data[:middle] + data[middle + 3 * 188 :])
     refused(path, r"is damaged \(incomplete packets: 1\)")
-    clip = read_clip(path, Sampling(frames=4), SIZE, allow_damaged=True)
+    clip = read_clip(path, FrameSampling(frames=4), SIZE, allow_damaged=True)
     assert clip.total_frames >= 30
     assert "is damaged (incomplete packets: 1)" in clip.notes[0]
 

@@ -58,7 +58,8 @@ def hf_weights(folder: Path, config: LlavaConfig) -> Weights:
             report.add(
                 "tied head",
                 f"{stored[_HEAD].name} differs from {stored[_EMBEDDING].name}, and the "
-                "configuration says that they are one (tie_word_embeddings)",
+                "configuration says that they are one; if both are wanted, set "
+                "tie_word_embeddings to false in config.json",
             )
         report.raise_if_any(folder)
         del stored[_HEAD], infos[_HEAD], expected[_HEAD]

@@ -15,7 +15,7 @@ from dycoke_jax.inputs.prompts import (
 )
 from dycoke_jax.inputs.video import (
     Clip,
-    Sampling,
+    FrameSampling,
     clip_from_array,
     frame_indices,
     frame_times,
@@ -25,8 +25,8 @@ from dycoke_jax.inputs.video import (
 __all__ = [
     "DEFAULT_SYSTEM",
     "Clip",
+    "FrameSampling",
     "Prompt",
-    "Sampling",
     "Tokenizer",
     "build_prompt",
     "clip_from_array",

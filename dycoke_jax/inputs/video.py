@@ -26,7 +26,7 @@ from dycoke_jax.inputs.frames import resize
 
 
 @dataclass(frozen=True)
-class Sampling:
+class FrameSampling:
     """Which frames of a clip the model sees.
 
     Attributes:
@@ -68,7 +68,7 @@ class Clip:
     notes: tuple[str, ...] = ()
 
 
-def frame_indices(total: int, average_fps: float, sampling: Sampling) -> Int[np.ndarray, "F"]:
+def frame_indices(total: int, average_fps: float, sampling: FrameSampling) -> Int[np.ndarray, "F"]:
     """Indices of the frames to take, in ascending order; short clips repeat some.
 
     Args:
@@ -92,7 +92,7 @@ def frame_indices(total: int, average_fps: float, sampling: Sampling) -> Int[np.
     return np.linspace(0, total - 1, sampling.frames, dtype=int)
 
 
-def frame_times(total: int, average_fps: float, sampling: Sampling) -> tuple[float, ...]:
+def frame_times(total: int, average_fps: float, sampling: FrameSampling) -> tuple[float, ...]:
     """Times in seconds of the frames that :func:`frame_indices` chooses.
 
     Frames taken at ``sampling.fps`` get their nominal times, 0, 1/fps, 2/fps, ...: the reference
@@ -106,7 +106,7 @@ def frame_times(total: int, average_fps: float, sampling: Sampling) -> tuple[flo
     return tuple((indices / (step * sampling.fps)).tolist())
 
 
-def _fps_step(total: int, average_fps: float, sampling: Sampling) -> int | None:
+def _fps_step(total: int, average_fps: float, sampling: FrameSampling) -> int | None:
     """Distance between the frames taken at ``sampling.fps``; None if they are spread evenly."""
     if sampling.fps is None:
         return None
@@ -151,7 +151,7 @@ def clip_from_array(frames: ArrayLike, size: int, *, fps: float = 1.0) -> Clip:
 
 def read_clip(
     path: str | os.PathLike[str],
-    sampling: Sampling,
+    sampling: FrameSampling,
     size: int,
     *,
     allow_damaged: bool = False,
