@@ -40,6 +40,9 @@ Conversation = str | Sequence[Mapping[str, Any]]
 STREAM_EVERY = 4
 """Tokens between two looks at a streaming batch: each look costs a transfer from the device."""
 
+CLIP_THREADS = 4
+"""Clips that are decoded at a time; FFmpeg uses threads of its own for each."""
+
 T = TypeVar("T")
 
 
@@ -260,10 +263,11 @@ class LlavaVideo:
         progress: Progress | None,
     ) -> Iterator[Piece]:
         windows = [range(s, min(s + batch_size, count)) for s in range(0, count, batch_size)]
-        ready = 0
-        with ThreadPoolExecutor(thread_name_prefix="clips") as pool:
+        pool = ThreadPoolExecutor(CLIP_THREADS, thread_name_prefix="clips")
+        try:
+            ready = 0
             ahead = [pool.submit(prepare, index) for index in windows[0]] if windows else []
-            for number, _ in enumerate(windows):
+            for following in [*windows[1:], ()]:
                 window = []
                 for future in ahead:
                     window.append(future.result())
@@ -271,10 +275,12 @@ class LlavaVideo:
                     if progress:
                         progress("reading clips", ready, count)
                 # Decoded while this window runs on the device; no further, to bound memory.
-                following = windows[number + 1] if number + 1 < len(windows) else ()
                 ahead = [pool.submit(prepare, index) for index in following]
                 for group in _by_frames(window):
                     yield from self._run_group(group, compression, stream, progress)
+        finally:
+            # After an error, or when a stream's reader leaves: clips not begun are not wanted.
+            pool.shutdown(cancel_futures=True)
 
     def _run_group(
         self,

@@ -26,18 +26,15 @@ _TURN_END = "<|im_end|>"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What this package asks of a tokenizer; transformers' fast tokenizers have it."""
+    """What this package asks of a tokenizer; transformers' fast tokenizers have it.
+
+    They also have an ``eos_token_id``, but make it up when asked: a check of the class does not
+    see it.
+    """
 
     @property
     def backend_tokenizer(self) -> Any:
         """The ``tokenizers.Tokenizer`` that does the work."""
-
-    @property
-    def eos_token_id(self) -> Any:
-        """The id that ends a text, or None."""
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Text of ids."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +195,9 @@ def stop_ids(tokenizer: Tokenizer, extra: Iterable[int] = ()) -> tuple[int, ...]
         PromptError: if the tokenizer lacks the control tokens of ChatML.
     """
     ids = {_control_ids(tokenizer)[1], *(int(token) for token in extra)}
-    if tokenizer.eos_token_id is not None:
-        ids.add(int(tokenizer.eos_token_id))
+    end_of_text = getattr(tokenizer, "eos_token_id", None)
+    if end_of_text is not None:
+        ids.add(int(end_of_text))
     return tuple(sorted(ids))
 
 
