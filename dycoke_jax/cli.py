@@ -148,14 +148,21 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Ask a question about a video."""
+    from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.compression.dycoke import DyCoke
-    from dycoke_jax.inputs.prompts import DEFAULT_SYSTEM
+    from dycoke_jax.engine import Decoding
+    from dycoke_jax.inputs import DEFAULT_SYSTEM, FrameSampling, check_clip
     from dycoke_jax.llava_video import LlavaVideo
 
-    # Refuse bad settings and a missing clip before a large checkpoint is read.
+    # Refuse what can be refused before a large checkpoint is read.
     compression = None if no_dycoke else DyCoke(k, layer, p, threshold, mode)
+    FrameSampling(frames=frames, fps=fps)
+    Decoding(max_new_tokens, temperature, top_k, top_p, seed)
     if video is not None:
-        _check_file(video)
+        check_clip(video, allow_damaged=allow_damaged)
+    config = open_checkpoint(model).config
+    if compression is not None and video is not None and fps is None:
+        compression.check(config, frames)
     with _bars() as bar:
         llava = LlavaVideo.from_pretrained(
             model,
@@ -192,7 +199,9 @@ def generate(
     assert answer is not None
     if as_json:
         shown = dataclasses.asdict(answer)
-        shown["compression"] = None if compression is None else dataclasses.asdict(compression)
+        # A text alone has nothing to compress.
+        applied = compression if video is not None else None
+        shown["compression"] = None if applied is None else dataclasses.asdict(applied)
         print(json.dumps(shown))
         return
     print()
@@ -209,13 +218,6 @@ def generate(
 def _say(text: str, style: str | None = None) -> None:
     """Writes a line for the person at the terminal, as it is and unbroken."""
     Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _check_file(path: Path) -> None:
-    from dycoke_jax.errors import VideoError
-
-    if not path.exists():
-        raise VideoError(f"{path}: no such file; check the path")
 
 
 @contextmanager

@@ -207,6 +207,7 @@ _TEXT_MUST_BE = {
     "use_sliding_window": (False, None),
     "rope_scaling": (None,),
     "quantization_config": (None,),
+    "attention_bias": (True,),
 }
 _VISION_MUST_BE = {
     "hidden_act": ("gelu_pytorch_tanh",),
@@ -254,7 +255,7 @@ def _from_llava_hf(config: Mapping[str, Any]) -> LlavaConfig:
         vision=_vision(vision, used),
         text=_text(text, tied),
         pool_mode=config.get("mm_spatial_pool_mode", "bilinear"),
-        pool_stride=config.get("mm_spatial_pool_stride", 2),
+        pool_stride=_integer(config, "mm_spatial_pool_stride", 2),
         newline=config.get("mm_newline_position", "one_token"),
     )
 
@@ -274,7 +275,7 @@ def _from_lmms_lab(config: Mapping[str, Any]) -> LlavaConfig:
         vision=_vision(tower, _integer(tower, "num_hidden_layers") - 1),
         text=_text(config, bool(config.get("tie_word_embeddings", False))),
         pool_mode=config.get("mm_spatial_pool_mode", "bilinear"),
-        pool_stride=config.get("mm_spatial_pool_stride", 2),
+        pool_stride=_integer(config, "mm_spatial_pool_stride", 2),
         newline=config.get("mm_newline_position", "one_token"),
     )
 
@@ -300,7 +301,8 @@ def _text(config: Mapping[str, Any], tied: bool) -> TextConfig:
     if sliding := [kind for kind in config.get("layer_types") or [] if kind != "full_attention"]:
         raise ConfigError(f"layer_types holds {sliding[0]!r}; only full_attention is supported")
     hidden, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
-    if heads < 1 or (config.get("head_dim") is None and hidden % heads):
+    own_head_dim = config.get("head_dim") is not None
+    if heads < 1 or (not own_head_dim and hidden % heads):
         raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     return TextConfig(
         vocab_size=_integer(config, "vocab_size"),
@@ -309,7 +311,7 @@ def _text(config: Mapping[str, Any], tied: bool) -> TextConfig:
         num_layers=_integer(config, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=_integer(config, "num_key_value_heads"),
-        head_dim=hidden // heads if config.get("head_dim") is None else config["head_dim"],
+        head_dim=_integer(config, "head_dim") if own_head_dim else hidden // heads,
         tie_word_embeddings=tied,
         rope_theta=_number(rope if "rope_theta" in rope else config, "rope_theta", 1e4),
         rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
@@ -333,8 +335,8 @@ def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return config[key]
 
 
-def _integer(config: Mapping[str, Any], key: str) -> int:
-    value = config[key]
+def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config[key] if default is None else config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"config.json: {key} must be an integer, not {value!r}")
     return value

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,20 @@ MIN_PREFIX, MIN_QUESTION, MIN_GENERATED, STOP_SLOTS = 16, 32, 32, 8
 
 
 @dataclass(frozen=True)
-class Request:
-    """One question, ready for the device."""
+class Decoding:
+    """How one answer is generated.
 
-    prompt: Prompt
-    frames: UInt8[np.ndarray, "F height width 3"] | None
+    Attributes:
+        max_new_tokens: tokens after which it is cut off.
+        temperature: 0 is greedy.
+        top_k: draw among so many tokens; 0 is all.
+        top_p: draw among the fewest tokens that hold this probability; 1 is all.
+        seed: of the random draws.
+
+    Raises:
+        RequestError: naming the setting and its range.
+    """
+
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
@@ -44,14 +53,23 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < float("inf"):
             raise RequestError(f"temperature is {self.temperature}; it must be 0 or more")
-        if self.top_k < 0:
+        if not 0 <= self.top_k < 2**31:
             raise RequestError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 <= self.seed < 2**31:
             raise RequestError(f"seed is {self.seed}; it must lie in 0..2**31 - 1")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question, ready for the device."""
+
+    prompt: Prompt
+    frames: UInt8[np.ndarray, "F height width 3"] | None
+    decoding: Decoding
 
     @property
     def num_frames(self) -> int:
@@ -61,7 +79,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What a request's arrays really held, counted on the device.
+    """What a request's arrays really held: counted there, not computed from settings.
 
     Attributes:
         prompt: tokens of the whole prompt as the language model read it.
@@ -127,7 +145,10 @@ def run_batch(
     stream_every: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[list[Generated]]:
-    """Answers requests together; each row equals the same request alone.
+    """Answers requests together.
+
+    Each row is what the same request alone would be: token for token in float32, up to rounding in
+    half precision, where the shapes of a batch change the order of sums.
 
     Args:
         config: the model.
@@ -146,7 +167,7 @@ def run_batch(
     frames = requests[0].num_frames
     if not frames:
         compression = None  # nothing to compress: share the plain model's programs
-    generated = bucket(max(r.max_new_tokens for r in requests), MIN_GENERATED)
+    generated = bucket(max(r.decoding.max_new_tokens for r in requests), MIN_GENERATED)
     rows = bucket(len(requests), 1)
     text = _text(requests, rows)
     layout = plan(
@@ -155,12 +176,12 @@ def run_batch(
     _check_lengths(config, requests, layout.slots.visual)
     sampling, limits = _sampling(requests, rows), _limits(requests, rows, stop_ids)
 
-    clock = [time.perf_counter()]
+    started = time.perf_counter()
     features = None
     if frames:
         features = _features(config, params, requests, rows, progress)
         features.block_until_ready()
-    clock.append(time.perf_counter())
+    encoded = time.perf_counter()
     if progress:
         progress("reading the prompt", 0, 1)
     state = prefill(
@@ -174,34 +195,40 @@ def run_batch(
         pruning=layout.pruning,
         generated=generated,
     )
-    state.token.block_until_ready()
-    clock.append(time.perf_counter())
+    step, done = _ask(state)
+    seconds = Seconds(encoded - started, time.perf_counter() - encoded)
     if progress:
         progress("reading the prompt", 1, 1)
 
-    longest = max(r.max_new_tokens for r in requests)
-    step, done = 1, bool(state.done.all())
-    while True:
-        if stream_every is not None or done or step >= longest:
-            final = done or step >= longest
-            clock[3:] = [time.perf_counter()]
-            yield _results(config, requests, state, clock)
-            if final:
-                return
-        until = longest if stream_every is None else min(step + stream_every, longest)
+    longest = max(r.decoding.max_new_tokens for r in requests)
+    visual = 0 if features is None else features.shape[1] * features.shape[2]
+    while not done:
+        if stream_every is not None:
+            yield _results(requests, state, visual, seconds)
+        until = longest if stream_every is None else step + stream_every
+        began = time.perf_counter()
         state = decode(
             config,
             params,
             state,
             sampling,
             limits,
-            jnp.int32(until),
+            np.int32(until),
             pruning=layout.pruning,
             slots=layout.slots,
         )
-        step, done = int(state.step), bool(state.done.all())
+        step, done = _ask(state)
+        # Only the device's work: a slow reader of the stream is no slow model.
+        seconds = replace(seconds, decode=seconds.decode + time.perf_counter() - began)
         if progress:
             progress("generating", step, longest)
+    yield _results(requests, state, visual, seconds)
+
+
+def _ask(state: DecodeState) -> tuple[int, bool]:
+    """How many tokens there are, and whether that is all; waits for the device."""
+    step, done = jax.device_get((state.step, state.done))
+    return int(step), bool(done.all())
 
 
 def bucket(size: int, least: int) -> int:
@@ -214,10 +241,10 @@ def bucket(size: int, least: int) -> int:
 def _check_lengths(config: LlavaConfig, requests: Sequence[Request], visual: int) -> None:
     for request in requests:
         prompt = len(request.prompt.before) + visual + len(request.prompt.after)
-        if prompt + request.max_new_tokens > config.text.max_positions:
+        if prompt + request.decoding.max_new_tokens > config.text.max_positions:
             raise RequestError(
-                f"a prompt of {prompt} tokens ({visual} of them visual) and "
-                f"{request.max_new_tokens} new ones exceed the model's "
+                f"a prompt of up to {prompt} tokens ({visual} of them visual) and "
+                f"{request.decoding.max_new_tokens} new ones exceed the model's "
                 f"{config.text.max_positions} positions; use fewer frames or a shorter text"
             )
 
@@ -238,9 +265,7 @@ def _features(
         assert progress is not None
         progress("encoding frames", done, total)
 
-    features = encode(config, params, clips, count if progress else None)
-    # Empty places of the batch get zeros: encoding frames for them would be work for nothing.
-    return jnp.pad(features, ((0, rows - len(clips)), (0, 0), (0, 0), (0, 0)))
+    return encode(config, params, clips, rows, count if progress else None)
 
 
 def _text(requests: Sequence[Request], rows: int) -> TextIds:
@@ -270,10 +295,10 @@ def _sampling(requests: Sequence[Request], rows: int) -> Sampling:
         return jnp.asarray(np.array(values + [empty] * (rows - len(values)), kind))
 
     return Sampling(
-        temperature=column([r.temperature for r in requests], np.float32, 0),
-        top_k=column([r.top_k for r in requests], np.int32, 0),
-        top_p=column([r.top_p for r in requests], np.float32, 1),
-        seed=column([r.seed for r in requests], np.int32, 0),
+        temperature=column([r.decoding.temperature for r in requests], np.float32, 0),
+        top_k=column([r.decoding.top_k for r in requests], np.int32, 0),
+        top_p=column([r.decoding.top_p for r in requests], np.float32, 1),
+        seed=column([r.decoding.seed for r in requests], np.int32, 0),
     )
 
 
@@ -283,41 +308,36 @@ def _limits(requests: Sequence[Request], rows: int, stop_ids: Sequence[int]) -> 
     stops = np.full((rows, STOP_SLOTS), -1, np.int32)
     stops[:, : len(stop_ids)] = list(stop_ids)
     most = np.zeros(rows, np.int32)
-    most[: len(requests)] = [request.max_new_tokens for request in requests]
+    most[: len(requests)] = [request.decoding.max_new_tokens for request in requests]
     return Limits(max_new_tokens=jnp.asarray(most), stop_ids=jnp.asarray(stops))
 
 
 def _results(
-    config: LlavaConfig, requests: Sequence[Request], state: DecodeState, clock: list[float]
+    requests: Sequence[Request], state: DecodeState, visual: int, seconds: Seconds
 ) -> list[Generated]:
     # One transfer for everything that the host wants to know.
-    small = (state.tokens, state.count, state.done, state.stopped, state.length)
-    counts = (state.visual, state.newlines, state.attended, state.refreshed)
-    (tokens, count, done, stopped, length), (visual, newlines, attended, refreshed) = (
-        jax.device_get((small, counts))
+    (ids, length, done, stopped), (count, merged, newlines, attended, refreshed) = jax.device_get(
+        (
+            (state.tokens, state.length, state.done, state.stopped),
+            (state.count, state.visual, state.newlines, state.attended, state.refreshed),
+        )
     )
-    start, encoded, read, now = clock
-    seconds = Seconds(encoded - start, read - encoded, now - read)
     results = []
-    for row, request in enumerate(requests):
+    for row in range(len(requests)):
         steps = slice(1, int(count[row]))
         seen = attended[row, steps]
         if state.pruned is None:
-            seen = np.full_like(seen, visual[row])
-        results.append(
-            Generated(
-                token_ids=tuple(tokens[row, : count[row]].tolist()),
-                finish_reason=None if not done[row] else ("stop" if stopped[row] else "length"),
-                tokens=TokenCounts(
-                    prompt=int(length[row]),
-                    visual=request.num_frames * config.tokens_per_frame,
-                    merged=int(visual[row]),
-                    newlines=int(newlines[row]),
-                    attended=tuple(seen.tolist()),
-                    refreshes=int(refreshed[row, steps].sum()),
-                    generated=int(count[row]),
-                ),
-                seconds=seconds,
-            )
+            seen = np.full_like(seen, merged[row])
+        reason = "stop" if stopped[row] else "length"
+        counts = TokenCounts(
+            prompt=int(length[row]),
+            visual=visual,
+            merged=int(merged[row]),
+            newlines=int(newlines[row]),
+            attended=tuple(seen.tolist()),
+            refreshes=int(refreshed[row, steps].sum()),
+            generated=int(count[row]),
         )
+        own = tuple(ids[row, : count[row]].tolist())
+        results.append(Generated(own, reason if done[row] else None, counts, seconds))
     return results

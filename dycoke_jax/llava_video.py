@@ -1,6 +1,5 @@
 """The library's front door: a model with its tokenizer, from clips and questions to answers."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,8 +17,17 @@ from dycoke_jax.checkpoint import load_params, open_checkpoint
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.config import LlavaConfig, PoolMode
-from dycoke_jax.engine import Generated, Progress, Request, Seconds, TokenCounts, run_batch
-from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
+from dycoke_jax.engine import (
+    Decoding,
+    Generated,
+    Progress,
+    Request,
+    Seconds,
+    TokenCounts,
+    run_batch,
+)
+from dycoke_jax.errors import CheckpointError, RequestError
+from dycoke_jax.inputs.processor import check_processor, read_json
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
     Tokenizer,
@@ -103,6 +111,12 @@ class LlavaVideo:
         self.params = params
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids(tokenizer, extra_stop_ids)
+        largest = max(tokenizer.backend_tokenizer.get_vocab().values())
+        if largest >= config.text.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer knows ids up to {largest}, the model only {config.text.vocab_size} "
+                "tokens; they do not belong together"
+            )
 
     @classmethod
     def from_pretrained(
@@ -131,7 +145,7 @@ class LlavaVideo:
         config = checkpoint.config
         if pool_mode is not None:
             config = replace(config, pool_mode=pool_mode)
-        _check_preprocessing(checkpoint.folder, config)
+        check_processor(checkpoint.folder, config.vision.image_size)
         tokenizer = load_tokenizer(checkpoint.folder)
         extra = _generation_stop_ids(checkpoint.folder)
         params = load_params(checkpoint.folder, config, dtype, progress)
@@ -179,8 +193,12 @@ class LlavaVideo:
     ) -> list[Answer] | Iterator[Piece]:
         """Answers a question about each clip.
 
-        Every request gets the answer that it would get alone, whatever it is batched with.
-        A setting given as a sequence has one value a request.
+        Every request gets the answer that it would get alone, whatever it is batched with: token
+        for token in float32, up to rounding in half precision. A setting given as a sequence has
+        one value a request.
+
+        Programs are compiled when they are first needed: for each number of frames, and for sizes
+        of batch, prompt and answer that double from step to step. Everything else is data.
 
         Args:
             videos: one clip (or None) a request; None for requests without any.
@@ -215,13 +233,16 @@ class LlavaVideo:
             raise RequestError(f"{len(videos)} videos but {count} prompts; give one each")
         if batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
-        each: dict[str, Sequence[Any]] = {
-            "max_new_tokens": _each("max_new_tokens", max_new_tokens, count),
-            "temperature": _each("temperature", temperature, count),
-            "top_k": _each("top_k", top_k, count),
-            "top_p": _each("top_p", top_p, count),
-            "seed": _each("seed", seed, count),
-        }
+        settings = (
+            _each("max_new_tokens", max_new_tokens, count),
+            _each("temperature", temperature, count),
+            _each("top_k", top_k, count),
+            _each("top_p", top_p, count),
+            _each("seed", seed, count),
+        )
+        decodings = [Decoding(*values) for values in zip(*settings, strict=True)]
+        if time_text and any(isinstance(clip, np.ndarray) for clip in videos):
+            raise RequestError("time_text needs files: an array does not say when it was filmed")
         sampling = FrameSampling(frames=frames, fps=fps)
 
         # The frames of a single clip are worth showing; of many, the clips are.
@@ -241,11 +262,9 @@ class LlavaVideo:
                 has_video=clip is not None,
                 time_instruction=times,
             )
-            settings = {name: values[index] for name, values in each.items()}
             pixels = None if clip is None else clip.frames
-            return _Prepared(
-                index, Request(prompt, pixels, **settings), () if clip is None else clip.notes
-            )
+            notes = () if clip is None else clip.notes
+            return _Prepared(index, Request(prompt, pixels, decodings[index]), notes)
 
         pieces = self._run(prepare, count, batch_size, compression, stream, progress)
         if stream:
@@ -354,12 +373,13 @@ class _Text:
         """The text that the ids since the last call add."""
         ids = generated.token_ids
         before = self.whole
-        for token in ids[self._read :]:
-            self.whole += self._stream.step(self._backend, token) or ""
-        self._read = len(ids)
         if generated.finish_reason is not None:
             # Bytes of a character that never became whole show as replacement characters.
             self.whole = self._backend.decode(list(ids), skip_special_tokens=True)
+        else:
+            for token in ids[self._read :]:
+                self.whole += self._stream.step(self._backend, token) or ""
+            self._read = len(ids)
         return self.whole[len(before) :]
 
 
@@ -372,43 +392,17 @@ def _by_frames(window: Sequence[_Prepared]) -> list[list[_Prepared]]:
 
 
 def _each(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:
-    if not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise RequestError(f"{name} has {len(value)} values for {count} requests")
-    return value
+    values = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise RequestError(f"{name} has {len(values)} values for {count} requests")
+    return values
 
 
 def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
     """Stop ids of ``generation_config.json``, where there is one."""
-    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    eos = read_json(folder / "generation_config.json").get("eos_token_id")
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (eos,)
-
-
-def _check_preprocessing(folder: Path, config: LlavaConfig) -> None:
-    """Refuses a processor that normalises or resizes in another way than the compiled function."""
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        settings = _read_json(folder / name)
-        for key in ("image_mean", "image_std"):
-            if key in settings and settings[key] != [0.5, 0.5, 0.5]:
-                raise ConfigError(
-                    f"{name}: {key} is {settings[key]}; only [0.5, 0.5, 0.5] (SigLIP) is supported"
-                )
-        size = settings.get("size")
-        wanted = config.vision.image_size
-        if isinstance(size, dict) and {size.get("height"), size.get("width")} - {wanted, None}:
-            raise ConfigError(
-                f"{name}: size is {size}; the vision tower takes {wanted} x {wanted} pixels"
-            )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error})") from error
-    return content if isinstance(content, dict) else {}

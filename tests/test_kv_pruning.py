@@ -13,12 +13,12 @@ from reference import Qwen2, kept_of
 from safetensors.numpy import load_file
 
 from dycoke_jax import DyCoke
+from dycoke_jax.cache import Slots
 from dycoke_jax.compression.kv_pruning import MaskedCache, WorkingSet
 from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
 from dycoke_jax.generation.assemble import TextIds, Visual
 from dycoke_jax.generation.decode import decode_step
 from dycoke_jax.generation.prefill import read_prompt, start
-from dycoke_jax.generation.slots import Slots
 from dycoke_jax.generation.state import Limits, take_token
 from dycoke_jax.models.llava import bind, random_params
 

@@ -77,7 +77,7 @@ def test_projector_pooling_and_newline(pair, frames):
             to_torch(frames)[None], vision_feature_layer=-1, vision_feature_select_strategy="full"
         )
     wanted = wanted.pooler_output.reshape(-1, ours.config.text.hidden_size)
-    features = encode(ours.config, ours.params, [frames])
+    features = encode(ours.config, ours.params, [frames], 1)
     newline = ours.params["image_newline"]
     visual = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
     np.testing.assert_allclose(visual.embeds[0], wanted, atol=TOLERANCE, rtol=0)
@@ -125,7 +125,7 @@ def test_logits_at_every_position(pair, frames, has_video):
     )
     segment = no_visual(ours.config, 1)
     if has_video:
-        features = encode(ours.config, ours.params, [frames])
+        features = encode(ours.config, ours.params, [frames], 1)
         newline = model.image_newline[...]
         segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
     x, _, valid = jax.jit(

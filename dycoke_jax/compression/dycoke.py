@@ -6,11 +6,11 @@ from typing import Literal, get_args
 
 from jaxtyping import Array, Float, Int
 
+from dycoke_jax.cache import Slots
 from dycoke_jax.compression.kv_pruning import MaskedCache, WorkingSet
 from dycoke_jax.compression.ttm import merge
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.generation.slots import Slots
 
 Mode = Literal["paper", "official"]
 
@@ -37,6 +37,9 @@ class DyCoke:
             is chosen anew, in (0, 1]. The paper gives no number; 0.9 is the published code's.
         mode: ``paper`` or ``official``.
 
+    Newlines are never compared, dropped or pruned; one goes only when its whole row has gone (see
+    ``generation.assemble.place_newlines`` for why).
+
     Raises:
         ConfigError: naming the setting and its range.
     """
@@ -53,7 +56,7 @@ class DyCoke:
                 raise ConfigError(f"DyCoke: {name} is {value}; it must lie in [0, 1)")
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"DyCoke: threshold is {self.threshold}; it must lie in (0, 1]")
-        if self.layer < 1:
+        if not isinstance(self.layer, int) or self.layer < 1:
             raise ConfigError(f"DyCoke: layer is {self.layer}; it must lie in 1..layers-1")
         if self.mode not in get_args(Mode):
             raise ConfigError(f"DyCoke: mode is {self.mode!r}; it must be paper or official")

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dycoke_jax.generation.slots import Slots
-from dycoke_jax.models.qwen2 import KV
+from dycoke_jax.cache import KV, Slots
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +99,8 @@ class WorkingSet:
         """Chooses anew in rows whose attention changed, and refills their working sets."""
         scores = jnp.where(state.is_visual, scores, 0.0)
         # Before the first step all scores are zero, and so is the similarity: it always chooses.
-        refreshed = (_similarity(scores, state.scores) < self.threshold) & active
+        # Written so that scores that are no numbers choose too, instead of never.
+        refreshed = ~(_similarity(scores, state.scores) >= self.threshold) & active
         ranked = jnp.where(state.is_visual, scores, jnp.inf)
         _, best = jax.lax.top_k(ranked, self.kept + self.protected)
         chosen = jnp.where(refreshed[:, None], best.astype(jnp.int32), state.chosen)
@@ -186,7 +186,7 @@ class MaskedCache:
         candidate = state.is_visual & (after > 1)
         scores = jnp.where(candidate, scores, 0.0)
         similarity = _similarity(scores, state.scores)
-        refreshed = similarity < self.threshold
+        refreshed = ~(similarity >= self.threshold)
         ranked = jnp.where(candidate, scores, -jnp.inf)
         _, best = jax.lax.top_k(ranked, self.kept)
         rows = jnp.arange(best.shape[0])[:, None]
@@ -209,8 +209,11 @@ class MaskedCache:
 
 def _similarity(a: Float[Array, "B V"], b: Float[Array, "B V"]) -> Float[Array, "B"]:
     """Cosine similarity of each row's scores; 0 where one of them is all zero."""
+    # Attention that hardly looks at the video is small enough for its squares to vanish.
+    tiny = jnp.finfo(jnp.float32).tiny
+    a, b = (x / jnp.maximum(x.max(1, keepdims=True), tiny) for x in (a, b))
     norms = jnp.sqrt((a * a).sum(1)) * jnp.sqrt((b * b).sum(1))
-    return (a * b).sum(1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
+    return (a * b).sum(1) / jnp.maximum(norms, tiny)
 
 
 def _take(x: Float[Array, "B J V E"], chosen: Int[Array, "B R"]) -> Float[Array, "B J R E"]:

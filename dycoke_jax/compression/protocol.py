@@ -9,9 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
+from dycoke_jax.cache import KV, Slots
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.generation.slots import Slots
-from dycoke_jax.models.qwen2 import KV
 
 
 @runtime_checkable
@@ -35,7 +34,7 @@ class Compressor(Protocol):
 
 @runtime_checkable
 class PrunedCache(Protocol):
-    """What the layers from ``DecodePruning.layer`` on attend to; a pytree."""
+    """What the layers from ``DecodePruning.layer`` on attend to: a dataclass that is a pytree."""
 
     @property
     def caches(self) -> list[KV]:
@@ -56,7 +55,12 @@ class PrunedCache(Protocol):
 
 @runtime_checkable
 class DecodePruning(Protocol):
-    """Stage 2. Layers below ``layer`` attend to everything, the others to what is chosen."""
+    """Stage 2. Layers below ``layer`` attend to everything, the others to what is chosen.
+
+    Hashable, because compiled programs are made for it.
+    """
+
+    def __hash__(self) -> int: ...
 
     @property
     def layer(self) -> int:

@@ -71,6 +71,8 @@ def _references(frames: int, official: bool) -> dict[int, int]:
 def _cosine(a: Float[Array, "B C N D"], b: Float[Array, "B C N D"]) -> Float[Array, "B C N"]:
     """Cosine similarity in float32; 0 where a vector is zero, exactly 1 where both are equal."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    # The three sums are alike, so equal vectors give equal sums s, and s / sqrt(s * s) is 1.
     product, norm_a, norm_b = (a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)
-    return product / jnp.maximum(jnp.sqrt(norm_a * norm_b), jnp.finfo(jnp.float32).tiny)
+    similarity = product / jnp.maximum(jnp.sqrt(norm_a * norm_b), jnp.finfo(jnp.float32).tiny)
+    # A compiler may sum the three in different orders, and the last bits of near-1 similarities
+    # would then choose among the equal tokens of a still clip, differently in every batch size.
+    return jnp.where((a == b).all(-1) & (norm_a > 0), 1.0, similarity)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dycoke_jax.cache import Slots
 from dycoke_jax.compression.protocol import DecodePruning
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.sampling import Sampling, sample
-from dycoke_jax.generation.slots import Slots
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
 from dycoke_jax.models.llava import Llava, Params, bind
 

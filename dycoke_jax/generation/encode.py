@@ -1,12 +1,12 @@
 """Frames to visual tokens, in chunks of a fixed size so that memory is bounded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.llava import Params, bind
@@ -18,36 +18,61 @@ MAX_CHUNK = 8
 def encode(
     config: LlavaConfig,
     params: Params,
-    clips: list[UInt8[np.ndarray, "F height width 3"]],
+    clips: Sequence[UInt8[np.ndarray, "F height width 3"]],
+    rows: int,
     progress: Callable[[int], None] | None = None,
 ) -> Float[Array, "B F N D"]:
     """Encodes the frames of all clips, folded together.
 
-    Every chunk has the same shape, so one compiled program serves any number of clips and frames;
-    the last chunk is filled up with black frames, whose results are dropped.
+    Chunks of one shape are written one after another into one array, so the programs depend on
+    ``rows`` and F only, and no frame is encoded for an empty place of the batch.
 
     Args:
         config: the model.
         params: its weights.
-        clips: B clips of F frames, resized to the tower's input.
+        clips: F frames each, resized to the tower's input; ``rows`` of them at most.
+        rows: places of the batch (B); those without a clip hold zeros.
         progress: called with the number of frames of each chunk once it is computed.
     """
     frames = np.concatenate(clips)
-    chunk = min(MAX_CHUNK, 1 << (len(frames) - 1).bit_length())
-    outputs = []
+    per_clip = len(clips[0])
+    chunk = min(MAX_CHUNK, 1 << (rows * per_clip - 1).bit_length())
+    tokens = _empty(config, params, -(-rows * per_clip // chunk) * chunk)
     for start in range(0, len(frames), chunk):
         part = frames[start : start + chunk]
         filled = np.pad(part, [(0, chunk - len(part)), (0, 0), (0, 0), (0, 0)])
-        outputs.append(_encode_chunk(config, params, filled))
+        tokens = _encode_chunk(config, params, tokens, filled, np.int32(start))
         if progress is not None:
-            outputs[-1].block_until_ready()
+            tokens.block_until_ready()
             progress(len(part))
-    tokens = jnp.concatenate(outputs)[: len(frames)]
-    return tokens.reshape(len(clips), -1, *tokens.shape[1:])
+    return _unfold(tokens, np.int32(len(frames)), rows, per_clip)
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "frames"))
+def _empty(config: LlavaConfig, params: Params, frames: int) -> Float[Array, "frames N D"]:
+    width = config.text.hidden_size
+    dtype = params["projector.linear_2.weight"].dtype
+    return jnp.zeros((frames, config.tokens_per_frame, width), dtype)
+
+
+# The array is donated: every chunk is written in place.
+@partial(jax.jit, static_argnames="config", donate_argnames="tokens")
 def _encode_chunk(
-    config: LlavaConfig, params: Params, frames: UInt8[Array, "C height width 3"]
-) -> Float[Array, "C N D"]:
-    return bind(config, params).encode(frames)
+    config: LlavaConfig,
+    params: Params,
+    tokens: Float[Array, "frames N D"],
+    frames: UInt8[Array, "C height width 3"],
+    start: Int[Array, ""],
+) -> Float[Array, "frames N D"]:
+    encoded = bind(config, params).encode(frames)
+    return jax.lax.dynamic_update_slice_in_dim(tokens, encoded.astype(tokens.dtype), start, axis=0)
+
+
+@partial(jax.jit, static_argnames=("rows", "per_clip"))
+def _unfold(
+    tokens: Float[Array, "frames N D"], count: Int[Array, ""], rows: int, per_clip: int
+) -> Float[Array, "B F N D"]:
+    """One row a clip; what the last chunk made of its filling becomes zeros."""
+    real = jnp.arange(tokens.shape[0]) < count
+    tokens = jnp.where(real[:, None, None], tokens, 0)[: rows * per_clip]
+    return tokens.reshape(rows, per_clip, *tokens.shape[1:])

@@ -6,10 +6,10 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 
+from dycoke_jax.cache import Slots
 from dycoke_jax.compression.protocol import Compressor, DecodePruning
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.assemble import newline_slots
-from dycoke_jax.generation.slots import Slots
 
 
 @dataclass(frozen=True)

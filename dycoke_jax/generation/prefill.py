@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dycoke_jax.cache import KV
 from dycoke_jax.compression.protocol import Compressor, DecodePruning
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.assemble import TextIds, Visual, place_newlines, text_valid
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
 from dycoke_jax.models.llava import Llava, Params, bind
-from dycoke_jax.models.qwen2 import KV, positions_of
+from dycoke_jax.models.qwen2 import positions_of
 
 
 @partial(jax.jit, static_argnames=("config", "compression", "pruning", "generated"))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dycoke_jax.models.qwen2 import KV
+from dycoke_jax.cache import KV
 
 
 @jax.tree_util.register_dataclass

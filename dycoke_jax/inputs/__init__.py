@@ -16,6 +16,7 @@ from dycoke_jax.inputs.prompts import (
 from dycoke_jax.inputs.video import (
     Clip,
     FrameSampling,
+    check_clip,
     clip_from_array,
     frame_indices,
     frame_times,
@@ -29,6 +30,7 @@ __all__ = [
     "Prompt",
     "Tokenizer",
     "build_prompt",
+    "check_clip",
     "clip_from_array",
     "frame_indices",
     "frame_times",

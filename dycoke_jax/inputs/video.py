@@ -216,6 +216,19 @@ def read_clip(
     )
 
 
+def check_clip(path: str | os.PathLike[str], *, allow_damaged: bool = False) -> None:
+    """Looks through a video file without decoding it, to find most faults early.
+
+    Raises:
+        VideoError: as ``read_clip``, for faults that show in the file's structure.
+    """
+    found = _scan(path)
+    if found.damage:
+        _refuse_or_note(f"{path} {found.damage}", allow_damaged, [])
+    if not found.frames:
+        raise VideoError(f"{path} holds no complete video frame; get the file again")
+
+
 def _spare(total: int) -> int:
     """Frames that may be missing at the end of an undamaged clip (some encoders promise more)."""
     return max(2, total // 50)

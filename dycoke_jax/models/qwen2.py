@@ -5,26 +5,18 @@ A layer can be run over a whole prompt (``prefill``) or over one new token a row
 where token compression plugs in.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dycoke_jax.cache import KV
 from dycoke_jax.config import TextConfig
 from dycoke_jax.models.layers import Linear, RMSNorm, parameter
 from dycoke_jax.ops.attention import append, attention, decode_attention
 from dycoke_jax.ops.rope import rotate, rotations
 
 Rope = tuple[Float[Array, "B 1 T E"], Float[Array, "B 1 T E"]]
-
-
-class KV(NamedTuple):
-    """Keys (after rotation) and values of one layer."""
-
-    keys: Float[Array, "B J S E"]
-    values: Float[Array, "B J S E"]
 
 
 class Qwen2(nnx.Module):

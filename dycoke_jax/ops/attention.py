@@ -1,13 +1,16 @@
 """Attention for prefill and vision (many queries) and for decoding (one query a row)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _MASKED = -1e30  # finite, so that a row without any key gives zeros and not NaN
 
-MIN_QUERY_BLOCK = 256
-MAX_QUERY_BLOCKS = 16
+QUERY_BLOCK = 256
+MAX_STAGES = 16
+"""Query blocks are grouped into so many stages at most, each compiled once."""
 
 
 def attention(
@@ -20,8 +23,10 @@ def attention(
 ) -> Float[Array, "B H T E"]:
     """Softmax attention of T queries over T keys, in memory linear in T.
 
-    Queries are taken block by block, and a causal block reads only the keys up to its own end:
-    nothing above the diagonal is computed, and no T x T matrix exists. Softmax is in float32.
+    Queries are taken block by block, one after another, so no T x T matrix exists. A causal stage
+    of blocks reads only the keys up to its own end: up to 4,096 tokens a stage is a single block,
+    and nothing above the diagonal is computed; in longer prompts at most one stage's width of it.
+    Softmax is in float32.
 
     Args:
         q: queries; head h reads key/value head ``h // (H // J)``.
@@ -31,38 +36,63 @@ def attention(
         causal: whether query t sees keys 0..t only.
     """
     batch, heads, length, width = q.shape
-    groups = heads // k.shape[1]
-    block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
-    # The query heads of one key/value head become rows of one matrix product.
-    q = (q * width**-0.5).reshape(batch, -1, groups, length, width)
+    kv_heads = k.shape[1]
+    q = (q * width**-0.5).reshape(batch, kv_heads, -1, length, width)
+    blocks = -(-length // QUERY_BLOCK)
+    stage = -(-blocks // MAX_STAGES) * QUERY_BLOCK
     outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
+    for start in range(0, length, stage):
+        stop = min(start + stage, length)
         keys = stop if causal else length
-        queries = q[:, :, :, start:stop].reshape(batch, q.shape[1], -1, width)
-        scores = jnp.einsum(
-            "BJQE,BJKE->BJQK",
-            queries,
-            k[:, :, :keys],
-            precision="highest",
-            preferred_element_type=jnp.float32,
+        seen = None if valid is None else valid[:, :keys]
+        attend = partial(
+            _attend_block, k=k[:, :, :keys], v=v[:, :, :keys], valid=seen, causal=causal
         )
-        scores = scores.reshape(batch, -1, groups, stop - start, keys)
-        seen = jnp.ones((1, 1, 1, 1, keys), bool)
-        if valid is not None:
-            seen = valid[:, None, None, None, :keys]
-        if causal:
-            rows, columns = jnp.arange(start, stop)[:, None], jnp.arange(keys)[None, :]
-            seen = seen & (columns <= rows)
-        weights = _softmax(scores, seen).astype(v.dtype)
-        out = jnp.einsum(
-            "BJQK,BJKE->BJQE",
-            weights.reshape(batch, q.shape[1], -1, keys),
-            v[:, :, :keys],
-            precision="highest",
-        )
-        outputs.append(out.reshape(batch, -1, groups, stop - start, width))
+        queries = q[:, :, :, start:stop]
+        if stop - start <= QUERY_BLOCK:
+            outputs.append(attend(queries, start))
+            continue
+        short = -(stop - start) % QUERY_BLOCK
+        queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, short), (0, 0)))
+        queries = queries.reshape(*queries.shape[:3], -1, QUERY_BLOCK, width)
+        starts = jnp.arange(start, stop, QUERY_BLOCK)
+        blocks_and_starts = (jnp.moveaxis(queries, 3, 0), starts)
+        out = jax.lax.map(lambda block, attend=attend: attend(*block), blocks_and_starts)
+        out = jnp.moveaxis(out, 0, 3).reshape(*out.shape[1:4], -1, width)
+        outputs.append(out[:, :, :, : stop - start])
     return jnp.concatenate(outputs, axis=3).reshape(batch, heads, length, width)
+
+
+def _attend_block(
+    queries: Float[Array, "B J groups Q E"],
+    start: Int[Array, ""] | int,
+    *,
+    k: Float[Array, "B J K E"],
+    v: Float[Array, "B J K E"],
+    valid: Bool[Array, "B K"] | None,
+    causal: bool,
+) -> Float[Array, "B J groups Q E"]:
+    """Attention of consecutive queries, the first of which is number ``start``."""
+    batch, kv_heads, groups, block, width = queries.shape
+    # The query heads of one key/value head become rows of one matrix product.
+    scores = jnp.einsum(
+        "BJQE,BJKE->BJQK",
+        queries.reshape(batch, kv_heads, groups * block, width),
+        k,
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    ).reshape(batch, kv_heads, groups, block, -1)
+    seen = jnp.ones(k.shape[2], bool) if valid is None else valid[:, None, None, None, :]
+    if causal:
+        seen = seen & (jnp.arange(k.shape[2]) <= start + jnp.arange(block)[:, None])
+    weights = _softmax(scores, seen).astype(v.dtype)
+    out = jnp.einsum(
+        "BJQK,BJKE->BJQE",
+        weights.reshape(batch, kv_heads, groups * block, -1),
+        v,
+        precision="highest",
+    )
+    return out.reshape(queries.shape)
 
 
 def decode_attention(

@@ -1,6 +1,16 @@
-"""Where the parts of a sequence lie in arrays of fixed shape."""
+"""Key/value caches of fixed shape: what a layer keeps, and where the parts of a sequence lie."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+
+class KV(NamedTuple):
+    """Keys (after rotation) and values of one layer."""
+
+    keys: Float[Array, "B J S E"]
+    values: Float[Array, "B J S E"]
 
 
 @dataclass(frozen=True)

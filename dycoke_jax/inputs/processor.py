@@ -1,0 +1,86 @@
+"""Checks a checkpoint's processor files against the one preprocessing that is compiled in."""
+
+import json
+from collections.abc import Iterator, Mapping
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from dycoke_jax.errors import CheckpointError, ConfigError
+
+# What each setting must be where it is present; lists are compared element by element.
+_MUST_BE: Mapping[str, Any] = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "rescale_factor": 1 / 255,
+    "resample": 3,  # Pillow's bicubic
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "do_center_crop": False,
+}
+
+
+def check_processor(folder: Path, size: int) -> None:
+    """Refuses processor settings that frames would not be treated by.
+
+    Frames are squeezed to a square, bicubic, and normalised to -1..1, as SigLIP's are. Files are
+    ``preprocessor_config.json``, ``video_preprocessor_config.json`` and, as transformers 5 writes
+    them, the processors inside ``processor_config.json``.
+
+    Args:
+        folder: of the checkpoint.
+        size: pixels a side that the vision tower takes.
+
+    Raises:
+        ConfigError: naming the file and the setting.
+        CheckpointError: if a file is not JSON.
+    """
+    for name, settings in _processors(folder):
+        for key, wanted in _MUST_BE.items():
+            if settings.get(key) is not None and not _equal(settings[key], wanted):
+                raise ConfigError(
+                    f"{name}: {key} is {settings[key]!r}, which is not supported "
+                    f"(supported: {wanted!r})"
+                )
+        sides = settings.get("size")
+        if sides is not None and sides not in (size, {"height": size, "width": size}):
+            raise ConfigError(f"{name}: size is {sides}; the vision tower takes {size} x {size}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An optional file's object; empty where there is no file.
+
+    Raises:
+        CheckpointError: if it is not a JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold an object, not {type(content).__name__}")
+    return content
+
+
+def _processors(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        yield name, read_json(folder / name)
+    together = read_json(folder / "processor_config.json")
+    for part in ("image_processor", "video_processor"):
+        if isinstance(together.get(part), dict):
+            yield f"processor_config.json: {part}", together[part]
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        return (
+            isinstance(value, list)
+            and len(value) == len(wanted)
+            and all(_equal(a, b) for a, b in zip(value, wanted, strict=True))
+        )
+    if isinstance(wanted, float):
+        return isinstance(value, int | float) and isclose(value, wanted, rel_tol=1e-6)
+    return bool(value == wanted)
