@@ -45,6 +45,10 @@ Video = str | PathLike[str] | np.ndarray
 Conversation = str | Sequence[Mapping[str, Any]]
 """A question, or the turns of a conversation: see ``inputs.prompts.build_prompt``."""
 
+Ints = int | Sequence[int] | np.ndarray
+"""One value for all requests, or one a request."""
+Floats = float | Sequence[float] | np.ndarray
+
 STREAM_EVERY = 4
 """Tokens between two looks at a streaming batch: each look costs a transfer from the device."""
 
@@ -177,11 +181,11 @@ class LlavaVideo:
         prompts: Sequence[Conversation],
         *,
         compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
-        max_new_tokens: int | Sequence[int] = 128,
-        temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        seed: int | Sequence[int] = 0,
+        max_new_tokens: Ints = 128,
+        temperature: Floats = 0.0,
+        top_k: Ints = 0,
+        top_p: Floats = 1.0,
+        seed: Ints = 0,
         frames: int = 32,
         fps: float | None = None,
         system: str | None = DEFAULT_SYSTEM,
@@ -391,7 +395,7 @@ def _by_frames(window: Sequence[_Prepared]) -> list[list[_Prepared]]:
     return list(groups.values())
 
 
-def _each(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:
+def _each(name: str, value: T | Sequence[T] | np.ndarray, count: int) -> Sequence[T]:
     values = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(values, Sequence):
         return [values] * count

@@ -1,17 +1,21 @@
 """From clips and questions to answers: batches, counts, limits, streaming, compilations."""
 
+import os
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from reference import Qwen2, paper_merge
 from tiny import tiny_model, video
 
 from dycoke_jax import DyCoke, LlavaVideo
 from dycoke_jax.compression import dycoke, kv_pruning, ttm
-from dycoke_jax.errors import ConfigError, RequestError
-from dycoke_jax.generation.decode import decode
-from dycoke_jax.generation.encode import _encode_chunk
+from dycoke_jax.errors import CheckpointError, ConfigError, RequestError, VideoError
+from dycoke_jax.generation.encode import encode
 from dycoke_jax.generation.prefill import prefill
+from dycoke_jax.inputs.prompts import build_prompt
 
 QUESTIONS = [
     "What?",
@@ -156,36 +160,89 @@ def test_plain_model_traces_no_compression(monkeypatch):
         monkeypatch.setattr(kv_pruning.MaskedCache, name, never)
     model = tiny_model(layers=3)
     model.generate([video(0, 4)], ["What?"], compression=None, max_new_tokens=3)
-    with pytest.raises(AssertionError, match="traced"):
-        model.generate([video(0, 4)], ["What?"], compression=DyCoke(layer=1), max_new_tokens=3)
+    # Each stage alone would have been caught.
+    for method in (DyCoke(p=0, layer=1), DyCoke(k=0, layer=1)):
+        with pytest.raises(AssertionError, match="traced"):
+            model.generate([video(0, 4)], ["What?"], compression=method, max_new_tokens=3)
 
 
-def test_mixed_stream_compiles_nothing_after_warm_up(model):
-    """Lengths, seeds, limits, sampling and stop ids are data; only buckets are shapes."""
-    programs = (prefill, decode, _encode_chunk)
+@pytest.fixture
+def compilations():
+    """How many programs XLA has compiled so far, of whatever function: a callable."""
+    events = []
+
+    def listen(name, _seconds, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: len(events)
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_mixed_stream_compiles_nothing_after_warm_up(model, compilations):
+    """Rows, lengths, seeds, limits, sampling and stop ids are data; only buckets are shapes."""
     method = DyCoke(layer=2)
 
-    def run(index, question, **settings):
+    def run(rows, **settings):
+        questions = [("Who" + "?" * (row + rows))[:9] for row in range(rows)]
         settings = {"max_new_tokens": 32} | settings  # one bucket
-        model.generate([video(index, 8)], [question], compression=method, **settings)
-        return [program._cache_size() for program in programs]
+        videos = [video(rows + row, 8) for row in range(rows)]
+        answers = model.generate(videos, questions, compression=method, **settings)
+        assert len(list(answers)) >= rows
+        return compilations()
 
-    warm = run(0, "What?", max_new_tokens=4)
+    run(1)
+    warm = run(4)
+    assert warm > 0
     variants = [
-        {"max_new_tokens": 20},
-        {"temperature": 0.7, "seed": 5},
+        {"max_new_tokens": [20, 3, 9]},
+        {"temperature": [0.7, 0.0, 1.1], "seed": [5, 6, 7]},
         {"temperature": 1.2, "top_k": 5, "top_p": 0.9},
         {"max_new_tokens": 1},
-        {"stream": True},
+        {"max_new_tokens": 9, "stream": True},
         {"system": "Be kind to the person who asks."},
     ]
-    for index, settings in enumerate(variants):
-        if settings.get("stream"):
-            streamed = {"max_new_tokens": 9, "stream": True}
-            list(model.generate([video(1, 8)], ["So?"], compression=method, **streamed))
-            assert [program._cache_size() for program in programs] == warm
-        else:
-            assert run(index, "Who" + "?" * index, **settings) == warm
+    for settings in variants:
+        assert run(3, **settings) == warm
+    stopping = LlavaVideo(model.config, model.params, model.tokenizer)
+    stopping.stop_ids = (1, 2, 3)
+    stopping.generate([video(9, 8)], ["So?"], compression=method, max_new_tokens=30)
+    assert compilations() == warm
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+def test_rows_of_short_and_still_clips(model, frames):
+    """Alone, these are encoded in smaller chunks; a still clip makes all similarities equal."""
+    videos = [video(s, frames) for s in range(4)] + [video(9, frames, moving=0.0)]
+    settings = {"compression": DyCoke(layer=2), "max_new_tokens": 8}
+    together = model.generate(videos, ["What?"] * 5, **settings)
+    for clip, answer in zip(videos, together, strict=True):
+        alone = model.generate([clip], ["What?"], **settings)[0]
+        assert (answer.token_ids, answer.tokens) == (alone.token_ids, alone.tokens)
+
+
+def test_the_whole_path_equals_the_text_of_the_paper(model):
+    """Frames to ids, merged and pruned, against plain NumPy behind the vision tower."""
+    clips = [video(seed, 7, 0.5) for seed in range(2)]
+    settings = {"k": 0.6, "layer": 2, "p": 0.7}
+    answers = model.generate(clips, QUESTIONS[:2], compression=DyCoke(**settings), max_new_tokens=9)
+    features = np.asarray(encode(model.config, model.params, clips, 2))
+    table = np.asarray(model.params["language_model.embed_tokens.weight"])
+    newline = np.asarray(model.params["image_newline"])[None]
+    for clip, question, answer in zip(features, QUESTIONS, answers, strict=False):
+        kept = paper_merge(clip, settings["k"])
+        prompt = build_prompt(model.tokenizer, question, has_video=True)
+        before, after = table[list(prompt.before)], table[list(prompt.after)]
+        embeds = np.concatenate([before, clip.reshape(-1, clip.shape[-1])[kept], newline, after])
+        candidates = list(range(len(before), len(before) + len(kept)))
+        logits, sets, refreshes = Qwen2(model.config.text, model.params).generate(
+            embeds, candidates, answer.token_ids[:-1], layer=2, p=settings["p"]
+        )
+        assert tuple(logits.argmax(-1)) == answer.token_ids
+        assert answer.tokens.attended == tuple(len(chosen) for chosen in sets)
+        assert answer.tokens.refreshes == sum(refreshes)
+        assert answer.tokens.merged == len(kept)
 
 
 def test_stop_tokens_end_a_row_alone(model):
@@ -262,6 +319,7 @@ def test_every_number_of_frames_works_in_paper_mode(model, frames):
         ({"k": -0.1}, r"\[0, 1\)"),
         ({"p": 1.0}, r"p is 1.0; it must lie in \[0, 1\)"),
         ({"k": float("nan")}, "k is nan"),
+        ({"layer": 1.5}, "layer is 1.5"),
         ({"layer": 0}, r"layer is 0; it must lie in 1..layers-1"),
         ({"threshold": 0.0}, r"\(0, 1\]"),
         ({"threshold": 1.5}, r"\(0, 1\]"),
@@ -301,6 +359,7 @@ def test_dycoke_settings_that_a_model_or_clip_cannot_take(newline, frames, setti
         ({"seed": -1}, "seed is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_new_tokens": 40_000}, "32768 positions"),
+        ({"videos": [np.zeros((2, 9, 9, 3), np.uint8)], "time_text": True}, "needs files"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
@@ -329,3 +388,32 @@ def test_bfloat16_weights_give_bfloat16_caches(model):
     low.stop_ids = ()
     answer = low.generate([video(0, 8)], ["?"], compression=DyCoke(layer=2), max_new_tokens=5)[0]
     assert answer.tokens.attended == (16,) * 4
+
+
+def test_settings_may_be_arrays(model):
+    both = model.generate([None] * 2, ["a", "b"], max_new_tokens=np.array([2, 3]))
+    assert [len(answer.token_ids) for answer in both] == [2, 3]
+
+
+def test_a_bad_clip_ends_the_run_without_reading_the_others(model, tmp_path):
+    """The error names the clip, and clips that nobody has begun to read are left alone."""
+    read = []
+
+    class Noted:
+        def __init__(self, index):
+            self.index = index
+
+        def __fspath__(self):
+            read.append(self.index)
+            return str(tmp_path / "missing.mp4")
+
+    os.PathLike.register(Noted)
+    with pytest.raises(VideoError, match="no such file"):
+        model.generate([Noted(n) for n in range(200)], ["?"] * 200, batch_size=200)
+    assert len(set(read)) < 200
+
+
+def test_tokenizer_of_another_model_is_refused(model):
+    small = replace(model.config, text=replace(model.config.text, vocab_size=200))
+    with pytest.raises(CheckpointError, match="ids up to 260"):
+        LlavaVideo(small, model.params, model.tokenizer)

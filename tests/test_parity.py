@@ -1,5 +1,6 @@
 """The networks equal transformers' torch models, from checkpoints in both layouts, in float32."""
 
+import copy
 import json
 
 import jax
@@ -164,6 +165,32 @@ def test_greedy_ids(pair, frames, has_video):
     assert len(wanted) == 32
     assert list(answer.token_ids) == wanted
     assert len(set(wanted)) > 3, "a constant answer would prove little"
+
+
+def test_bfloat16_is_as_close_to_float32_as_torch_is(pair, frames):
+    """Released weights are half precision: our rounding must be no worse than the reference's."""
+    reference, ours = pair
+    prompt = prompt_of(ours, True)
+    ids = hf_ids(prompt, FRAMES * 16 + 1)
+    pixels = to_torch(frames)[None]
+    with torch.no_grad():
+        exact = reference(input_ids=ids, pixel_values_videos=pixels).logits[0, -1]
+        rough = copy.deepcopy(reference).to(torch.bfloat16)
+        theirs = rough(input_ids=ids, pixel_values_videos=pixels.bfloat16()).logits[0, -1].float()
+    half = {name: weight.astype(jnp.bfloat16) for name, weight in ours.params.items()}
+    model = bind(ours.config, half)
+    text = TextIds(
+        jnp.asarray([prompt.before], jnp.int32),
+        jnp.asarray([len(prompt.before)]),
+        jnp.asarray([prompt.after], jnp.int32),
+        jnp.asarray([len(prompt.after)]),
+    )
+    features = encode(ours.config, half, [frames], 1)
+    newline = half["image_newline"]
+    segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
+    x, _, _ = read_prompt(model, segment, text)
+    error = np.abs(np.asarray(model.logits(x)[0, -1]) - exact.numpy())
+    assert 0 < error.mean() < 1.5 * float((theirs - exact).abs().mean())
 
 
 @pytest.mark.slow
