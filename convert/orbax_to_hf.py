@@ -1,22 +1,12 @@
-"""Exports a converted Orbax folder to the llava-hf layout, which transformers loads.
+"""Converts an Orbax folder (or any checkpoint) to the llava-hf layout, for transformers.
 
-Usage: python convert/orbax_to_hf.py SRC DST [--dtype float16]
+Usage: python convert/orbax_to_hf.py SRC DST [--dtype bfloat16]
 """
 
-import typer
+import sys
 
-from dycoke_jax.checkpoint import export
-from dycoke_jax.errors import DycokeError
-
-
-def main(src: str, dst: str, dtype: str | None = None) -> None:
-    """Writes SRC (any checkpoint folder, or a hub id) to the new folder DST."""
-    try:
-        export(src, dst, dtype)
-    except DycokeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-
+from dycoke_jax.cli import main
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.argv[1:1] = ["convert", "--to", "llava-hf"]
+    main()

@@ -1,11 +1,13 @@
 """Resizing equals the reference's preprocessing."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import LlavaOnevisionImageProcessorPil, SiglipImageProcessorPil
 
 from dycoke_jax.inputs import resize
+from dycoke_jax.models.siglip import normalise
 
 SHAPES = [(216, 384), (480, 270), (384, 384), (100, 1000), (7, 5), (9, 9), (1080, 1920)]
 
@@ -15,7 +17,8 @@ def noise(height: int, width: int) -> np.ndarray:
 
 
 def normalized(frame: np.ndarray) -> np.ndarray:
-    return ((frame.astype(np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)
+    """As the compiled vision function does it, channels first."""
+    return np.asarray(jax.jit(normalise)(frame[None]))[0].transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -88,6 +88,17 @@ def prompt_of(ours, has_video, text="What happens here, and when?"):
     return build_prompt(ours.tokenizer, text, has_video=has_video)
 
 
+def text_of(prompt, padding=0):
+    """The prompt's ids with empty slots at the end of both segments."""
+    empty = [0] * padding
+    return TextIds(
+        jnp.asarray([[*prompt.before, *empty]], jnp.int32),
+        jnp.asarray([len(prompt.before)]),
+        jnp.asarray([[*prompt.after, *empty]], jnp.int32),
+        jnp.asarray([len(prompt.after)]),
+    )
+
+
 def hf_ids(prompt, visual):
     return torch.tensor([[*prompt.before, *[VIDEO_TOKEN] * visual, *prompt.after]])
 
@@ -117,13 +128,7 @@ def test_logits_at_every_position(pair, frames, has_video):
         wanted = reference(input_ids=hf_ids(prompt, visual), **video).logits[0].numpy()
 
     model = bind(ours.config, ours.params)
-    # Padded on purpose: empty slots between the segments must change nothing.
-    text = TextIds(
-        jnp.asarray([[*prompt.before, 0, 0, 0]], jnp.int32),
-        jnp.asarray([len(prompt.before)]),
-        jnp.asarray([[*prompt.after, 0, 0]], jnp.int32),
-        jnp.asarray([len(prompt.after)]),
-    )
+    text = text_of(prompt, padding=3)  # empty slots between the segments must change nothing
     segment = no_visual(ours.config, 1)
     if has_video:
         features = encode(ours.config, ours.params, [frames], 1)
@@ -179,12 +184,7 @@ def test_bfloat16_is_as_close_to_float32_as_torch_is(pair, frames):
         theirs = rough(input_ids=ids, pixel_values_videos=pixels.bfloat16()).logits[0, -1].float()
     half = {name: weight.astype(jnp.bfloat16) for name, weight in ours.params.items()}
     model = bind(ours.config, half)
-    text = TextIds(
-        jnp.asarray([prompt.before], jnp.int32),
-        jnp.asarray([len(prompt.before)]),
-        jnp.asarray([prompt.after], jnp.int32),
-        jnp.asarray([len(prompt.after)]),
-    )
+    text = text_of(prompt)
     features = encode(ours.config, half, [frames], 1)
     newline = half["image_newline"]
     segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
