@@ -112,7 +112,7 @@ class LlavaVideo:
         extra_stop_ids: Sequence[int] = (),
     ) -> None:
         self.config = config
-        self.params = params
+        self.params: Params = params
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids(tokenizer, extra_stop_ids)
         largest = max(tokenizer.backend_tokenizer.get_vocab().values())
@@ -151,9 +151,10 @@ class LlavaVideo:
             config = replace(config, pool_mode=pool_mode)
         check_processor(checkpoint.folder, config.vision.image_size)
         tokenizer = load_tokenizer(checkpoint.folder)
-        extra = _generation_stop_ids(checkpoint.folder)
-        params = load_params(checkpoint.folder, config, dtype, progress)
-        return cls(config, params, tokenizer, extra)
+        # Everything small is checked before the weights are read.
+        model = cls(config, {}, tokenizer, _generation_stop_ids(checkpoint.folder))
+        model.params = load_params(checkpoint.folder, config, dtype, progress)
+        return model
 
     @overload
     def generate(
