@@ -34,11 +34,6 @@ class Slots:
         return self.prefix + self.visual + self.question
 
     @property
-    def total(self) -> int:
-        """All slots (S)."""
-        return self.prompt + self.generated
-
-    @property
     def visual_range(self) -> slice:
         """The visual slots."""
         return slice(self.prefix, self.prefix + self.visual)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line; a DycokeError becomes its message and exit code 2."""
+    # transformers would advise to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()

@@ -163,8 +163,7 @@ def test_working_set_equals_a_masked_full_cache():
     assert refreshed[0].all()
     assert 0 < refreshed[1:].mean() < 1, "the case must hold steps of both kinds"
 
-    # The same choices, shown through a mask: a threshold above 1 makes it use a set at each step,
-    # and scores that are the compact run's chosen set make that set its choice.
+    # The same choices on a full cache, where a mask hides what was not chosen.
     _, caches, valid = read_prompt(bind(config, params), segment, text)
     masked = ReplayedMask(2, slots, [np.asarray(s.pruned.chosen) for s in states])
     state = start(caches, valid, segment, limits(3), masked, slots.generated)

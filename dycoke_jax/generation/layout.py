@@ -17,8 +17,6 @@ class Layout:
     """What a batch's programs are compiled for."""
 
     slots: Slots
-    tokens: int
-    """Visual tokens after merging."""
     pruning: DecodePruning | None
 
 
@@ -37,7 +35,7 @@ def plan(
         ConfigError: where the compression cannot work on this model or clip length.
     """
     if frames == 0:
-        return Layout(Slots(prefix, 0, question, generated), 0, None)
+        return Layout(Slots(prefix, 0, question, generated), None)
     tokens = frames * config.tokens_per_frame
     if compression is not None:
         compression.check(config, frames)
@@ -47,4 +45,4 @@ def plan(
     visual = tokens + newline_slots(config.newline, config.frame_grid, frames)
     slots = Slots(prefix, visual, question, generated)
     pruning = None if compression is None else compression.decode_pruning(slots, tokens)
-    return Layout(slots, tokens, pruning)
+    return Layout(slots, pruning)
