@@ -1,6 +1,6 @@
 """The library's front door: a model with its tokenizer, from clips and questions to answers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from dycoke_jax.errors import CheckpointError, RequestError
 from dycoke_jax.inputs.processor import check_processor, read_json
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
+    Conversation,
     Tokenizer,
     build_prompt,
     load_tokenizer,
@@ -41,9 +42,6 @@ from dycoke_jax.models.llava import Params
 
 Video = str | PathLike[str] | np.ndarray
 """A file, or uint8 frames [F, height, width, 3] that are taken as they are, all of them."""
-
-Conversation = str | Sequence[Mapping[str, Any]]
-"""A question, or the turns of a conversation: see ``inputs.prompts.build_prompt``."""
 
 Ints = int | Sequence[int] | np.ndarray
 """One value for all requests, or one a request."""

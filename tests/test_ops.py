@@ -48,6 +48,19 @@ def test_attention_with_holes(length, causal):
     np.testing.assert_allclose(out, plain_attention(q, k, v, seen), atol=2e-6)
 
 
+@pytest.mark.parametrize("length", [40, 300, 4400])
+def test_attention_keeps_parts_apart(length):
+    """Part 0 is seen by all that come after; the others by themselves only."""
+    q, k, v = normal(0, 2, 6, length, 8), normal(1, 2, 2, length, 8), normal(2, 2, 2, length, 8)
+    parts = np.sort(np.random.default_rng(3).integers(0, 4, (2, length)), axis=1)
+    valid = np.random.default_rng(4).random((2, length)) < 0.8
+    own = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
+    seen = own & valid[:, None] & np.tril(np.ones((length, length), bool))
+    arrays = map(jnp.asarray, (q, k, v, valid))
+    out = attention(*arrays, causal=True, parts=jnp.asarray(parts))
+    np.testing.assert_allclose(out, plain_attention(q, k, v, seen), atol=2e-6)
+
+
 def test_decode_attention_and_its_weights():
     q, k, v = normal(0, 2, 6, 1, 8), normal(1, 2, 2, 30, 8), normal(2, 2, 2, 30, 8)
     valid = np.random.default_rng(3).random((2, 30)) < 0.5

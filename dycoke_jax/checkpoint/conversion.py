@@ -75,7 +75,7 @@ def convert(
     weights = open_weights(checkpoint)
     not_finite: list[str] = []
     with staged_folder(destination) as folder:
-        _copy_companions(checkpoint.folder, folder)
+        copy_companions(checkpoint.folder, folder)
         shutil.copyfile(checkpoint.folder / CONFIG, folder / CONFIG)
         paths = [*weights.params, *weights.carried]
         tensors = _prepared(weights, paths, wanted, progress, not_finite)
@@ -126,7 +126,7 @@ def export(
     main_dtype = infos["language_model.embed_tokens.weight"].dtype
     not_finite: list[str] = []
     with staged_folder(destination) as folder:
-        _copy_companions(checkpoint.folder, folder)
+        copy_companions(checkpoint.folder, folder)
         if is_llava_hf:
             _copy_config(checkpoint.folder, folder, source_config, main_dtype)
         else:
@@ -208,7 +208,8 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies the files that travel with the weights: tokenizer, processors, chat template."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():

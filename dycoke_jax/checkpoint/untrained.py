@@ -5,13 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from jax.typing import DTypeLike
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dycoke_jax.checkpoint.conversion import with_post_norm, write_config
-from dycoke_jax.checkpoint.names import llava_hf_name
-from dycoke_jax.checkpoint.safetensors_writer import write_safetensors
-from dycoke_jax.checkpoint.staging import absent, staged_folder
-from dycoke_jax.checkpoint.tensors import Progress, TensorInfo, Weights, weight_dtype
+from dycoke_jax.checkpoint.save import save_llava_hf
+from dycoke_jax.checkpoint.tensors import Progress
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.llava import abstract_params, random_param
 
@@ -39,42 +36,44 @@ def write_untrained(
     Raises:
         CheckpointError: when ``dst`` exists or cannot be written.
     """
-    destination, kind = absent(dst), weight_dtype(dtype)
-    assert kind is not None
     shapes = abstract_params(config)
 
     def make(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         for path in paths:
             yield path, random_param(path, shapes[path].shape, seed)
 
-    infos = {path: TensorInfo(leaf.shape, kind) for path, leaf in shapes.items()}
-    weights = with_post_norm(Weights(infos, {}, make))
-    tensors = {**weights.params, **weights.carried}
-    total = sum(info.nbytes for info in tensors.values())
-
-    def arrays() -> Iterator[np.ndarray]:
-        done = 0
-        for path, array in weights.stream(tensors):
-            yield array.astype(kind)
-            done += array.nbytes
-            if progress:
-                progress(done, total, path)
-
-    with staged_folder(destination) as folder:
-        write_config(folder, config.to_llava_hf() | {"dtype": kind.name})
-        save_byte_tokenizer(folder)
-        names = {llava_hf_name(path): info for path, info in tensors.items()}
-        write_safetensors(folder, names, arrays(), max_shard_bytes)
+    save_llava_hf(
+        dst,
+        config,
+        make,
+        save_byte_tokenizer,
+        dtype=dtype,
+        progress=progress,
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer with one id a byte and the control tokens of ChatML after them."""
+def save_byte_tokenizer(folder: Path, texts: Iterable[str] = (), tokens: int = 0) -> None:
+    """A tokenizer of plain bytes and, if asked for, the commonest pieces of some texts.
+
+    Ids: one a byte, then the pieces, then the control tokens of ChatML.
+
+    Args:
+        folder: gets the files.
+        texts: to learn pieces from.
+        tokens: ids in all, at most; there is one a byte and a control token at least.
+    """
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    if tokens:
+        trainer = trainers.BpeTrainer(
+            vocab_size=tokens - len(CONTROL_TOKENS), initial_alphabet=letters, show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens(list(CONTROL_TOKENS))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(
         folder

@@ -17,6 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from dycoke_jax.errors import CheckpointError, PromptError
 
+Conversation = str | Sequence[Mapping[str, Any]]
+"""A question, or the turns of a conversation: see ``build_prompt``."""
+
 DEFAULT_SYSTEM = "You are a helpful assistant."
 """What the system turn says unless the caller sets another text."""
 
@@ -107,7 +110,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
 
 def build_prompt(
     tokenizer: Tokenizer,
-    prompt: str | Sequence[Mapping[str, Any]],
+    prompt: Conversation,
     *,
     system: str | None = DEFAULT_SYSTEM,
     has_video: bool,
@@ -160,6 +163,17 @@ def build_prompt(
     ids.append(start)
     ids += _encode_text(tokenizer, "assistant\n")
     return Prompt(tuple(before), tuple(ids), has_video)
+
+
+def encode_answer(tokenizer: Tokenizer, answer: str) -> tuple[int, ...]:
+    """The ids of an answer and of the end of its turn: what a model should learn to say.
+
+    Raises:
+        PromptError: if the answer is empty.
+    """
+    if not answer.strip():
+        raise PromptError("the answer is empty; give the text that the model should say")
+    return (*_encode_text(tokenizer, answer), _control_ids(tokenizer)[1])
 
 
 def time_instruction(clip_duration: float, times: Sequence[float]) -> str:
@@ -243,7 +257,7 @@ def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return [token.id for word, _ in words for token in backend.model.tokenize(word)]
 
 
-def _as_turns(prompt: str | Sequence[Mapping[str, Any]], has_video: bool) -> list[_Turn]:
+def _as_turns(prompt: Conversation, has_video: bool) -> list[_Turn]:
     """Checks a prompt and brings both of its forms to turns, the video in its place."""
     if isinstance(prompt, str):
         if not prompt.strip():

@@ -78,11 +78,15 @@ class Qwen2Layer(nnx.Module):
         self.mlp = Qwen2MLP(config)
 
     def prefill(
-        self, x: Float[Array, "B T D"], rope: Rope, valid: Bool[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        valid: Bool[Array, "B T"],
+        parts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """Causal attention over the prompt itself."""
+        """Causal attention over the prompt itself; for ``parts`` see ``ops.attention``."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
-        x = x + self.self_attn.merge(attention(q, k, v, valid, causal=True))
+        x = x + self.self_attn.merge(attention(q, k, v, valid, causal=True, parts=parts))
         return x + self.mlp(self.post_attention_layernorm(x)), KV(k, v)
 
     def decode(

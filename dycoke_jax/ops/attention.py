@@ -20,6 +20,7 @@ def attention(
     valid: Bool[Array, "B T"] | None = None,
     *,
     causal: bool,
+    parts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B H T E"]:
     """Softmax attention of T queries over T keys, in memory linear in T.
 
@@ -34,6 +35,8 @@ def attention(
         v: values.
         valid: which keys may be attended to (all, if None). A query without any gives zeros.
         causal: whether query t sees keys 0..t only.
+        parts: keeps independent continuations of one beginning apart. Keys of part 0 are seen by
+            all queries, those of another part by its own queries only. None: all are part 0.
     """
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
@@ -44,9 +47,13 @@ def attention(
     for start in range(0, length, stage):
         stop = min(start + stage, length)
         keys = stop if causal else length
-        seen = None if valid is None else valid[:, :keys]
         attend = partial(
-            _attend_block, k=k[:, :, :keys], v=v[:, :, :keys], valid=seen, causal=causal
+            _attend_block,
+            k=k[:, :, :keys],
+            v=v[:, :, :keys],
+            valid=None if valid is None else valid[:, :keys],
+            parts=None if parts is None else parts[:, :keys],
+            causal=causal,
         )
         queries = q[:, :, :, start:stop]
         if stop - start <= QUERY_BLOCK:
@@ -70,6 +77,7 @@ def _attend_block(
     k: Float[Array, "B J K E"],
     v: Float[Array, "B J K E"],
     valid: Bool[Array, "B K"] | None,
+    parts: Int[Array, "B K"] | None,
     causal: bool,
 ) -> Float[Array, "B J groups Q E"]:
     """Attention of consecutive queries, the first of which is number ``start``."""
@@ -85,6 +93,11 @@ def _attend_block(
     seen = jnp.ones(k.shape[2], bool) if valid is None else valid[:, None, None, None, :]
     if causal:
         seen = seen & (jnp.arange(k.shape[2]) <= start + jnp.arange(block)[:, None])
+    if parts is not None:
+        # The last block may reach beyond the end; what its surplus queries see does not matter.
+        own = parts[:, jnp.minimum(start + jnp.arange(block), parts.shape[1] - 1)]
+        of_own = (parts[:, None, :] == 0) | (parts[:, None, :] == own[:, :, None])
+        seen = seen & of_own[:, None, None]
     weights = _softmax(scores, seen).astype(v.dtype)
     out = jnp.einsum(
         "BJQK,BJKE->BJQE",

@@ -1,0 +1,105 @@
+"""Writes a model that is not a copy of another checkpoint, in the llava-hf layout."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+from tokenizers import Tokenizer
+
+from dycoke_jax.checkpoint.conversion import with_post_norm, write_config
+from dycoke_jax.checkpoint.names import llava_hf_name
+from dycoke_jax.checkpoint.safetensors_writer import write_safetensors
+from dycoke_jax.checkpoint.staging import absent, staged_folder
+from dycoke_jax.checkpoint.tensors import Progress, TensorInfo, Weights, weight_dtype
+from dycoke_jax.config import LlavaConfig, VisionConfig
+from dycoke_jax.models.llava import abstract_params
+
+
+def save_llava_hf(
+    dst: str | Path,
+    config: LlavaConfig,
+    read: Callable[[Iterable[str]], Iterator[tuple[str, np.ndarray]]],
+    save_tokenizer: Callable[[Path], None],
+    *,
+    dtype: DTypeLike = np.float32,
+    progress: Progress | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes weights, configuration, tokenizer and processor settings.
+
+    Args:
+        dst: a folder that does not exist; it appears when all is written.
+        config: of the model.
+        read: gives the tensors of the given paths in the given order, any float dtype.
+        save_tokenizer: writes ``tokenizer.json`` and what belongs to it into a folder; it may
+            write processor settings as well.
+        dtype: of the weights in the file.
+        progress: told after each tensor.
+        max_shard_bytes: tensor data above this is split over several files with an index.
+
+    Raises:
+        CheckpointError: when ``dst`` exists or cannot be written.
+    """
+    destination, kind = absent(dst), weight_dtype(dtype)
+    assert kind is not None
+    shapes = abstract_params(config)
+    infos = {path: TensorInfo(leaf.shape, kind) for path, leaf in shapes.items()}
+    weights = with_post_norm(Weights(infos, {}, read))
+    tensors = {**weights.params, **weights.carried}
+    total = sum(info.nbytes for info in tensors.values())
+
+    def arrays() -> Iterator[np.ndarray]:
+        done = 0
+        for path, array in weights.stream(tensors):
+            yield array.astype(kind)
+            done += tensors[path].nbytes
+            if progress:
+                progress(done, total, path)
+
+    with staged_folder(destination) as folder:
+        save_tokenizer(folder)
+        placeholders = _placeholder_ids(folder)
+        write_config(folder, config.to_llava_hf() | placeholders | {"dtype": kind.name})
+        for name, settings in _processors(config.vision).items():
+            if not (folder / name).exists():
+                text = json.dumps(settings, indent=2) + "\n"
+                (folder / name).write_text(text, encoding="utf-8")
+        names = {llava_hf_name(path): info for path, info in tensors.items()}
+        write_safetensors(folder, names, arrays(), max_shard_bytes)
+
+
+def _placeholder_ids(folder: Path) -> dict[str, int]:
+    """The ids that mark images and videos in transformers' prompts, where the tokenizer has any."""
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        return {}
+    ids = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
+    names = {"image_token_index": "<image>", "video_token_index": "<video>"}
+    return {key: ids[token] for key, token in names.items() if token in ids}
+
+
+def _processors(vision: VisionConfig) -> dict[str, dict[str, Any]]:
+    settings = {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "resample": 3,  # Pillow's bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    return {
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            **settings,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            **settings,
+        },
+    }

@@ -1,0 +1,1 @@
+"""A made-up video question-answering task, and accuracy on it with and without compression."""

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on clips with questions and answers."""

@@ -1,0 +1,135 @@
+"""Training data of one's own: a JSONL file of clips, questions and answers."""
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from dycoke_jax.errors import RequestError
+from dycoke_jax.inputs.prompts import Conversation, Tokenizer
+from dycoke_jax.inputs.video import FrameSampling, check_clip, read_clip
+from dycoke_jax.training.batches import Batch, Example, token_count
+from dycoke_jax.training.loss import Thinning
+from dycoke_jax.training.sources import BatchShape, ThinningMix
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a training file: a clip, a question (or the turns before the answer), an answer."""
+
+    video: Path
+    question: Conversation
+    answer: str
+
+
+def read_records(path: Path) -> list[Record]:
+    """Reads a JSONL file of ``{"video": ..., "question": ..., "answer": ...}``.
+
+    Paths of videos are relative to the file's folder. ``question`` is a text or a conversation as
+    ``inputs.prompts.build_prompt`` takes it.
+
+    Raises:
+        RequestError: listing what is wrong, line by line (ten lines at most), or if there is none.
+        VideoError: if a clip cannot be opened.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read ({error})") from None
+    records, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_record(json.loads(line), path.parent))
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
+        raise RequestError(f"{path}: " + "; ".join(problems[:10]) + more)
+    if not records:
+        raise RequestError(f"{path} holds no record")
+    for video in dict.fromkeys(record.video for record in records):
+        check_clip(video)
+    return records
+
+
+def _record(values: object, folder: Path) -> Record:
+    if not isinstance(values, dict):
+        raise ValueError("not an object")
+    for key in ("video", "question", "answer"):
+        if key not in values:
+            raise ValueError(f"has no {key}")
+    if not isinstance(values["video"], str) or not isinstance(values["answer"], str):
+        raise ValueError("video and answer must be texts")
+    return Record(folder / values["video"], values["question"], values["answer"])
+
+
+@dataclass(frozen=True)
+class RecordSource:
+    """Records in a new random order each epoch; those of one clip share rows.
+
+    Attributes:
+        records: what to learn.
+        tokenizer: the model's.
+        size: pixels a side that the tower takes.
+        sampling: frames to take of each clip.
+        shape: of a step.
+        thinning: visual tokens to leave out.
+        seed: of the order.
+    """
+
+    records: tuple[Record, ...]
+    tokenizer: Tokenizer
+    size: int
+    sampling: FrameSampling
+    shape: BatchShape
+    thinning: ThinningMix = field(default_factory=ThinningMix)
+    seed: int = 0
+
+    @cached_property
+    def rows(self) -> list[list[Record]]:
+        """The records, as many of one clip together as fit into a row; none is left out.
+
+        Raises:
+            RequestError: if a single record does not fit.
+        """
+        rows: dict[Path, list[list[Record]]] = {}
+        room: dict[Path, int] = {}
+        for record in self.records:
+            used = token_count(self.tokenizer, record.question, record.answer)
+            if used > self.shape.width:
+                raise RequestError(
+                    f"a question and its answer about {record.video} take {used} tokens; "
+                    f"width is {self.shape.width}"
+                )
+            if used > room.get(record.video, 0):
+                rows.setdefault(record.video, []).append([])
+                room[record.video] = self.shape.width
+            rows[record.video][-1].append(record)
+            room[record.video] -= used
+        return [row for of_clip in rows.values() for row in of_clip]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every record once, or a little more often."""
+        return -(-len(self.rows) // self.shape.examples)
+
+    def batch(self, step: int) -> tuple[Batch, Thinning | None]:
+        """See ``Source``."""
+        count, first = self.shape.examples, step * self.shape.examples
+        chosen = [self._row(place) for place in range(first, first + count)]
+        return self.shape.pack(self.tokenizer, [self._example(row) for row in chosen]), (
+            self.thinning.choose(step, self.seed)
+        )
+
+    def _row(self, place: int) -> list[Record]:
+        epoch, index = divmod(place, len(self.rows))
+        order = np.random.default_rng([self.seed, epoch, 4]).permutation(len(self.rows))
+        return self.rows[order[index]]
+
+    def _example(self, row: list[Record]) -> Example:
+        clip = read_clip(row[0].video, self.sampling, self.size)
+        return Example(clip.frames, [r.question for r in row], [r.answer for r in row])

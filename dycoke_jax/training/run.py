@@ -1,0 +1,212 @@
+"""A training run in a folder: steps, log, evaluation in between, checkpoints and exact resume.
+
+FOLDER/run.json     what the run was started with
+FOLDER/log.jsonl    loss and accuracy by step
+FOLDER/state/       Orbax checkpoints of weights and optimiser
+FOLDER/model/       the trained model in the llava-hf layout, at the end
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from dycoke_jax.config import LlavaConfig
+from dycoke_jax.errors import CheckpointError, ConfigError
+from dycoke_jax.models.llava import Params, abstract_params
+from dycoke_jax.training.sources import Source
+from dycoke_jax.training.step import Metrics, Optimisation, TrainState, start, train_step
+
+RUN, LOG, STATE = "run.json", "log.jsonl", "state"
+
+Evaluate = Callable[[Params], Mapping[str, Any]]
+"""Scores weights; what it returns is written to the log."""
+
+Progress = Callable[[int, int, str], None]
+"""Called after each step with steps done, steps in all, and a line about loss and accuracy."""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Steps between two entries of the log, two evaluations, and two checkpoints."""
+
+    log: int = 10
+    evaluate: int = 200
+    save: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("log", "evaluate", "save"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} every {getattr(self, name)} steps; at least 1 works")
+
+
+def train(
+    folder: Path,
+    config: LlavaConfig,
+    initial: Callable[[], Params],
+    source: Source,
+    settings: Optimisation,
+    *,
+    described: Mapping[str, Any],
+    seed: int = 0,
+    intervals: Intervals = Intervals(),
+    evaluate: Evaluate | None = None,
+    progress: Progress | None = None,
+) -> Params:
+    """Trains, or goes on where a run in the folder was cut off.
+
+    A resumed run computes what the uninterrupted one would have: batches and random choices depend
+    on the step alone, and the checkpoint holds everything else. On a CPU its weights are equal bit
+    for bit.
+
+    Args:
+        folder: of the run; made if absent.
+        config: the model.
+        initial: gives the weights to start from; not called on resuming.
+        source: gives the batches.
+        settings: of the optimisation.
+        described: everything that decides the run's course, for ``run.json``; a folder with
+            another description is not resumed.
+        seed: of random thinning.
+        intervals: see ``Intervals``.
+        evaluate: scores weights in between and at the end.
+        progress: told after each step.
+
+    Returns:
+        The trained weights, float32.
+
+    Raises:
+        ConfigError: when the folder holds another run.
+        CheckpointError: when the folder cannot be written or its state cannot be read.
+    """
+    _claim(folder, described)
+    keep = ocp.training.preservation_policies.LatestN(2)
+    try:
+        with ocp.training.Checkpointer(
+            (folder / STATE).absolute(), preservation_policy=keep
+        ) as saved:
+            state = _resume(saved, settings, config, initial)
+            _cut_log(folder / LOG, int(state.step))
+            return _loop(
+                folder, config, state, source, settings, saved, seed, intervals, evaluate, progress
+            )
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error}") from error
+
+
+def _loop(
+    folder: Path,
+    config: LlavaConfig,
+    state: TrainState,
+    source: Source,
+    settings: Optimisation,
+    saved: ocp.training.Checkpointer,
+    seed: int,
+    intervals: Intervals,
+    evaluate: Evaluate | None,
+    progress: Progress | None,
+) -> Params:
+    began, first = time.perf_counter(), int(state.step)
+    # The next batch is drawn while the device computes.
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        following = pool.submit(source.batch, first)
+        for step in range(first, settings.steps):
+            batch, thinning = following.result()
+            if step + 1 < settings.steps:
+                following = pool.submit(source.batch, step + 1)
+            state, metrics = train_step(
+                config, settings, state, batch, thinning=thinning, seed=seed
+            )
+            done = step + 1
+            entry: dict[str, Any] = {}
+            if done % intervals.log == 0 or done == settings.steps:
+                entry = _readable(metrics)
+            if evaluate and (done % intervals.evaluate == 0 or done == settings.steps):
+                entry |= {"evaluation": evaluate(state.params)}
+            if entry:
+                seconds = round((time.perf_counter() - began) / (done - first), 3)
+                _log(folder / LOG, {"step": done, **entry, "seconds_per_step": seconds})
+            if done % intervals.save == 0 or done == settings.steps:
+                saved.save(done, state, overwrite=True)
+            if progress:
+                progress(done, settings.steps, _line(metrics))
+    return state.params
+
+
+def _claim(folder: Path, described: Mapping[str, Any]) -> None:
+    """Writes what the run is, or checks that it is the one that the folder holds."""
+    run = folder / RUN
+    text = json.dumps(described, indent=2, sort_keys=True, default=str) + "\n"
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True)
+        if not run.exists():
+            if any(folder.iterdir()):
+                raise CheckpointError(f"{folder} is not empty and holds no training run")
+            run.write_text(text, encoding="utf-8")
+        elif run.read_text(encoding="utf-8") != text:
+            before, now = json.loads(run.read_text(encoding="utf-8")), json.loads(text)
+            changed = sorted(
+                key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
+            )
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}); give the same "
+                "ones to go on with it, or another folder"
+            )
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error}") from error
+
+
+def _resume(
+    saved: ocp.training.Checkpointer,
+    settings: Optimisation,
+    config: LlavaConfig,
+    initial: Callable[[], Params],
+) -> TrainState:
+    if saved.latest is None:
+        return start(settings, initial())
+    fresh = jax.eval_shape(lambda: start(settings, _zeros(config)))
+    place = jax.numpy.zeros(()).sharding
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), fresh)
+    try:
+        return saved.load(saved.latest.step, abstract)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+        line = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the state of step {saved.latest.step} in {saved.directory} cannot be read ({line}); "
+            "remove that folder to go on from the one before"
+        ) from error
+
+
+def _zeros(config: LlavaConfig) -> Params:
+    shapes = abstract_params(config)
+    return {path: jax.numpy.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
+
+
+def _cut_log(log: Path, step: int) -> None:
+    """Drops entries of steps that will be done again."""
+    if log.exists():
+        lines = log.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _log(log: Path, entry: Mapping[str, Any]) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _readable(metrics: Metrics) -> dict[str, float]:
+    return {name: float(f"{float(value):.6g}") for name, value in metrics._asdict().items()}
+
+
+def _line(metrics: Metrics) -> str:
+    loss, accuracy = np.asarray(metrics.loss), np.asarray(metrics.answer_accuracy)
+    return f"loss {loss:.3f}, answers {accuracy:.0%}"

@@ -1,0 +1,61 @@
+"""Accuracy of answers while training, without generating them.
+
+An answer whose every token is the most likely one, given those before it, is the answer that greedy
+decoding gives. So one pass over a packed batch scores all its questions exactly, as long as nothing
+is pruned while decoding.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dycoke_jax.config import LlavaConfig
+from dycoke_jax.models.llava import Params
+from dycoke_jax.training.batches import Batch
+from dycoke_jax.training.loss import Thinning, score_answers
+
+_score = partial(jax.jit, static_argnames=("config", "thinning", "dtype"))(score_answers)
+
+
+class HeldOut(NamedTuple):
+    """Questions that are not trained on: batches, and the kind of each row's questions in order."""
+
+    batches: Sequence[Batch]
+    kinds: Sequence[Sequence[Sequence[str]]]
+
+
+def accuracy(
+    config: LlavaConfig,
+    params: Params,
+    held_out: HeldOut,
+    thinning: Thinning | None = None,
+    dtype: str = "float32",
+) -> dict[str, float]:
+    """Loss per answer token, and the share of right answers by kind and in all.
+
+    Args:
+        config: the model.
+        params: its weights.
+        held_out: the questions.
+        thinning: visual tokens to leave out.
+        dtype: of the computation.
+    """
+    right, asked = Counter[str](), Counter[str]()
+    loss = tokens = 0.0
+    for batch, kinds in zip(held_out.batches, held_out.kinds, strict=True):
+        scores = _score(
+            config, params, batch, thinning=thinning, key=jax.random.key(0), dtype=dtype
+        )
+        loss, tokens = loss + float(scores.loss), tokens + int(scores.tokens)
+        was_right, was_asked = np.asarray(scores.right), np.asarray(scores.asked)
+        for row, of_row in enumerate(kinds):
+            for part, kind in enumerate(of_row):
+                asked[kind] += int(was_asked[row, part])
+                right[kind] += int(was_right[row, part])
+    by_kind = {kind: round(right[kind] / asked[kind], 4) for kind in sorted(asked)}
+    whole = round(right.total() / max(asked.total(), 1), 4)
+    return {"loss": round(loss / max(tokens, 1), 4), "accuracy": whole, **by_kind}

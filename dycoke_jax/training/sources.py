@@ -1,0 +1,135 @@
+"""Where training batches come from, and the built-in task as such a source.
+
+A source is a pure function of the step. So a run that is resumed needs nothing but the number of
+its step to see the batches that it would have seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dycoke_jax.errors import ConfigError
+from dycoke_jax.evaluation.pictures import draw
+from dycoke_jax.evaluation.scenes import SceneSettings
+from dycoke_jax.evaluation.task import Split, task_clip
+from dycoke_jax.inputs.prompts import Tokenizer
+from dycoke_jax.training.batches import Batch, Example, pack
+from dycoke_jax.training.loss import Thinning
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Gives the batch of every step."""
+
+    def batch(self, step: int) -> tuple[Batch, Thinning | None]:
+        """The batch, its first axis for accumulation, and which visual tokens to leave out."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Sizes of a step.
+
+    Attributes:
+        rows: clips whose gradient is computed at a time.
+        accumulate: times that this is done before the weights change.
+        width: slots of a row for questions and answers.
+    """
+
+    rows: int = 2
+    accumulate: int = 8
+    width: int = 224
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "accumulate", "width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def examples(self) -> int:
+        """Clips of a step."""
+        return self.rows * self.accumulate
+
+    def pack(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> Batch:
+        """As many examples as a step takes, as arrays."""
+        packed = pack(tokenizer, examples, self.width)
+        return Batch(*(x.reshape(self.accumulate, self.rows, *x.shape[1:]) for x in packed))
+
+
+@dataclass(frozen=True)
+class ThinningMix:
+    """How often steps leave out visual tokens.
+
+    Attributes:
+        merged: share of the steps with temporal token merging.
+        random: share of the steps that drop as many tokens at random.
+        k: share of a compared frame's tokens that goes.
+    """
+
+    merged: float = 0.0
+    random: float = 0.0
+    k: float = 0.7
+
+    def __post_init__(self) -> None:
+        if min(self.merged, self.random) < 0 or self.merged + self.random > 1:
+            raise ConfigError("the shares of thinned steps must be 0 or more and 1 at most in all")
+        if not 0 <= self.k < 1:
+            raise ConfigError(f"k is {self.k}; it must lie in [0, 1)")
+
+    def choose(self, step: int, seed: int) -> Thinning | None:
+        """What a step does."""
+        drawn = np.random.default_rng([seed, step, 3]).random()
+        if drawn < self.merged:
+            return Thinning(self.k)
+        return Thinning(self.k, at_random=True) if drawn < self.merged + self.random else None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some steps of training on the built-in task."""
+
+    steps: int
+    scenes: SceneSettings
+    shape: BatchShape
+    thinning: ThinningMix = field(default_factory=ThinningMix)
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Fresh clips of the built-in task at every step, stage after stage."""
+
+    tokenizer: Tokenizer
+    size: int
+    stages: tuple[Stage, ...]
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def batch(self, step: int) -> tuple[Batch, Thinning | None]:
+        """See ``Source``."""
+        first_clip, first_step = self.seed << 40, 0
+        for stage in self.stages:
+            if step < first_step + stage.steps:
+                break
+            first_step += stage.steps
+            first_clip += stage.steps * stage.shape.examples
+        else:
+            raise ConfigError(f"step {step} is beyond the last stage")
+        first_clip += (step - first_step) * stage.shape.examples
+        numbers = range(first_clip, first_clip + stage.shape.examples)
+        examples = [task_example("train", number, stage.scenes, self.size) for number in numbers]
+        return stage.shape.pack(self.tokenizer, examples), stage.thinning.choose(step, self.seed)
+
+
+def task_example(split: Split, number: int, scenes: SceneSettings, size: int) -> Example:
+    """A clip of the built-in task with all its questions."""
+    clip = task_clip(split, number, scenes)
+    return Example(
+        draw(clip.scene, size),
+        [question.text for question in clip.questions],
+        [question.answer for question in clip.questions],
+    )

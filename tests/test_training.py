@@ -1,0 +1,251 @@
+"""Training: the loss that it lowers, packing, freezing, accumulation, and resuming."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_model, video
+from tokenizers_for_tests import tiny_tokenizer
+
+from dycoke_jax import DyCoke, DycokeError
+from dycoke_jax.evaluation.scenes import SceneSettings
+from dycoke_jax.training.batches import Example, pack, token_count
+from dycoke_jax.training.loss import Thinning, score_answers
+from dycoke_jax.training.run import Intervals, train
+from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix
+from dycoke_jax.training.step import Optimisation, module_of, start, train_step
+
+TOKENIZER = tiny_tokenizer()
+QUESTIONS = ("What is it?", "Which colour?", "How many are there?")
+ANSWERS = ("a cat", "red", "two of them")
+
+
+def example(seed=0, questions=QUESTIONS, answers=ANSWERS, frames=5):
+    return Example(video(seed, frames), questions, answers)
+
+
+@pytest.mark.parametrize("newline", ["one_token", "grid"])
+def test_questions_that_share_a_row_do_not_see_each_other(newline):
+    """Loss and verdict of a packed row are those of its questions asked one by one."""
+    model = tiny_model(newline=newline)
+    together = score_answers(
+        model.config, model.params, pack(TOKENIZER, [example(), example(1)], 200)
+    )
+    alone = [
+        score_answers(
+            model.config,
+            model.params,
+            pack(TOKENIZER, [example(seed, (question,), (answer,))], 80),
+        )
+        for seed in (0, 1)
+        for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
+    ]
+    assert float(together.loss) == pytest.approx(sum(float(one.loss) for one in alone), rel=1e-5)
+    assert int(together.tokens) == sum(int(one.tokens) for one in alone)
+    assert int(together.tokens) == 2 * sum(len(answer) + 1 for answer in ANSWERS)
+    np.testing.assert_array_equal(
+        np.asarray(together.right)[:, :3].ravel(), [bool(one.right[0, 0]) for one in alone]
+    )
+
+
+@pytest.mark.parametrize("k", [None, 0.7])
+def test_a_right_answer_is_what_generation_says(k):
+    """What the model generates greedily counts as right, and anything else as wrong."""
+    model = tiny_model()
+    clip = video(3, 5)
+    compression = None if k is None else DyCoke(k=k, p=0.0)
+    said = model.generate([clip], ["What is it?"], compression=compression, max_new_tokens=6)[
+        0
+    ].token_ids
+    batch = pack(TOKENIZER, [Example(clip, ("What is it?",), ("......",))], 80)
+    place = np.flatnonzero(np.asarray(batch.is_answer[0]))[:6]
+    ids = np.array(batch.ids)
+    ids[0, place] = said
+    is_answer = np.zeros_like(np.asarray(batch.is_answer))
+    is_answer[0, place] = True
+    thinning = None if k is None else Thinning(k)
+    right = batch._replace(ids=jnp.asarray(ids), is_answer=jnp.asarray(is_answer))
+    assert bool(score_answers(model.config, model.params, right, thinning=thinning).right[0, 0])
+    ids[0, place[-1]] = (ids[0, place[-1]] + 1) % 256
+    wrong = right._replace(ids=jnp.asarray(ids))
+    assert not bool(score_answers(model.config, model.params, wrong, thinning=thinning).right[0, 0])
+
+
+def test_thinning_at_random_keeps_as_many_tokens_and_needs_its_key():
+    model = tiny_model(layers=1)
+    batch = pack(TOKENIZER, [example()], 200)
+    losses = [
+        float(
+            score_answers(
+                model.config,
+                model.params,
+                batch,
+                thinning=Thinning(0.7, at_random=True),
+                key=jax.random.key(seed),
+            ).loss
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def stacked(*batches):
+    return jax.tree.map(lambda *x: jnp.stack(x), *batches)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Also where the halves hold different numbers of answer tokens."""
+    model = tiny_model(layers=1)
+    settings = Optimisation(steps=4, learning_rate=1e-3, warm_up=0)
+    examples = [example(0), example(1, QUESTIONS[:1], ANSWERS[:1])]
+    one = stacked(pack(TOKENIZER, examples, 200))
+    two = stacked(*(pack(TOKENIZER, [e], 200) for e in examples))
+    whole, measured = train_step(model.config, settings, start(settings, model.params), one)
+    parts, again = train_step(model.config, settings, start(settings, model.params), two)
+    assert float(measured.loss) == pytest.approx(float(again.loss), rel=1e-5)
+    assert float(measured.gradient) == pytest.approx(float(again.gradient), rel=1e-4)
+    assert int(parts.step) == int(whole.step) == 1
+
+
+def test_rematerialisation_changes_nothing_but_memory():
+    model = tiny_model(layers=1)
+    batch = stacked(pack(TOKENIZER, [example()], 200))
+    plain = Optimisation(steps=4, learning_rate=1e-3, warm_up=0)
+    metrics = [
+        train_step(model.config, settings, start(settings, model.params), batch)[1]
+        for settings in (plain, replace(plain, rematerialise=True))
+    ]
+    assert float(metrics[0].gradient) == pytest.approx(float(metrics[1].gradient), rel=1e-4)
+
+
+def test_bfloat16_keeps_float32_weights():
+    model = tiny_model(layers=1)
+    batch = stacked(pack(TOKENIZER, [example()], 200))
+    settings = Optimisation(steps=4, learning_rate=1e-3, warm_up=0)
+    half = replace(settings, dtype="bfloat16")
+    state, metrics = train_step(model.config, half, start(half, model.params), batch)
+    exact = train_step(model.config, settings, start(settings, model.params), batch)[1]
+    assert {x.dtype for x in state.params.values()} == {jnp.dtype("float32")}
+    assert float(metrics.loss) == pytest.approx(float(exact.loss), rel=0.05)
+
+
+@pytest.mark.parametrize("frozen", ["tower", "projector", "language"])
+def test_frozen_modules_stay_as_they_are(frozen):
+    model = tiny_model(layers=1)
+    settings = Optimisation(steps=4, learning_rate=1e-2, warm_up=0, **{frozen: 0.0})
+    batch = stacked(pack(TOKENIZER, [example()], 200))
+    state, _ = train_step(model.config, settings, start(settings, model.params), batch)
+    for path, weight in state.params.items():
+        same = bool((weight == model.params[path]).all())
+        assert same == (module_of(path) == frozen), path
+
+
+LESSONS = (
+    Stage(6, SceneSettings(1, 1, 1), BatchShape(4, 1, 200)),
+    Stage(6, SceneSettings(6, 1, 2), BatchShape(1, 2, 600), ThinningMix(0.4, 0.3, 0.7)),
+)
+
+
+def lessons():
+    return TaskSource(TOKENIZER, 98, LESSONS)
+
+
+def initial():
+    return tiny_model(layers=1).params
+
+
+def run(folder, source=None, **changes):
+    settings = Optimisation(steps=12, learning_rate=3e-3, warm_up=2)
+    return train(
+        folder,
+        tiny_model(layers=1).config,
+        initial,
+        source or lessons(),
+        settings,
+        described={"seed": 0} | changes,
+        intervals=Intervals(log=1, evaluate=5, save=4),
+        evaluate=lambda params: {"norm": float(jnp.linalg.norm(params["image_newline"]))},
+    )
+
+
+class Killed(BaseException):
+    """Stands for a killed process: nothing in the package catches it."""
+
+
+class Cut(TaskSource):
+    """Dies when the tenth batch is asked for."""
+
+    def batch(self, step):
+        if step == 9:
+            raise Killed
+        return super().batch(step)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    """Killed at step 9, gone on from the checkpoint of step 8; the log holds each step once."""
+    straight = run(tmp_path / "straight")
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", Cut(TOKENIZER, 98, LESSONS))
+    resumed = run(tmp_path / "cut")
+    for path, weight in straight.items():
+        np.testing.assert_array_equal(weight, resumed[path], err_msg=path)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("straight", "cut")
+    ]
+    assert [entry["step"] for entry in logs[1]] == list(range(1, 13))
+    assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
+    assert [entry["step"] for entry in logs[0] if "evaluation" in entry] == [5, 10, 12]
+
+
+@pytest.mark.slow
+def test_loss_falls_from_scratch(tmp_path):
+    """From chance over 320 ids (5.8 nats) to below 2.5 nats in eighty steps on still pictures."""
+    stage = Stage(80, SceneSettings(1, 1, 1), BatchShape(4, 1, 200))
+    settings = Optimisation(steps=80, learning_rate=1e-2, warm_up=5)
+    config = tiny_model(layers=1).config
+    source = TaskSource(TOKENIZER, 98, (stage,))
+    params = {k: v / 10 if v.ndim > 1 else v for k, v in initial().items()}
+    train(tmp_path / "run", config, lambda: params, source, settings, described={})
+    entries = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert entries[-1]["step"] == 80
+    assert entries[-1]["loss"] < 2.5
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text('{"seed": 1}\n')
+    with pytest.raises(DycokeError, match=r"other settings \(seed\)"):
+        run(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(DycokeError, match="holds no training run"):
+        run(tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_what_cannot_be_packed_is_refused_or_left_out_as_said():
+    with pytest.raises(DycokeError, match="tokens, and 20 are allowed"):
+        pack(TOKENIZER, [example()], 20)
+    first = token_count(TOKENIZER, QUESTIONS[0], ANSWERS[0])
+    batch = pack(TOKENIZER, [example()], first + 10)
+    assert set(np.unique(batch.part)) == {0, 1}
+    with pytest.raises(DycokeError, match="answer is empty"):
+        pack(TOKENIZER, [example(answers=("", "red", "two"))], 200)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"tower": -1.0}, "tower is -1"),
+        ({"language": 0.0, "tower": 0.0, "projector": 0.0}, "everything is frozen"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(DycokeError, match=message):
+        Optimisation(**({"steps": 4} | changes))
