@@ -1,0 +1,94 @@
+"""Evaluation: what baselines keep, how answers are judged, and clips as files."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from dycoke_jax import DyCoke, DycokeError
+from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.evaluation.accuracy import Tally, evaluate
+from dycoke_jax.evaluation.baselines import RandomTokens, WholeFrames, kept_by_merging
+from dycoke_jax.evaluation.clip_files import write_clip
+from dycoke_jax.evaluation.pictures import draw
+from dycoke_jax.evaluation.task import task_clip
+from dycoke_jax.inputs import FrameSampling
+from dycoke_jax.inputs.frames import resize
+from dycoke_jax.inputs.video import read_clip
+
+
+@pytest.mark.parametrize("frames", [1, 3, 16, 18])
+@pytest.mark.parametrize("k", [0.0, 0.3, 0.7, 0.9])
+def test_baselines_keep_what_merging_keeps(frames, k):
+    features = jnp.asarray(np.random.default_rng(0).normal(size=(2, frames, 16, 8)))
+    merged = DyCoke(k=k).merge(features)
+    count = frames * 16 if merged is None else merged.shape[1]
+    assert kept_by_merging(frames, 16, k) == count
+    kept = np.asarray(RandomTokens(k).merge(features))
+    assert kept.shape == (2, count)
+    assert (np.diff(kept) > 0).all()
+    whole = np.asarray(WholeFrames(k).merge(features))[0]
+    assert whole.size == count // 16 * 16
+    assert (whole.reshape(-1, 16) % 16 == np.arange(16)).all()
+    assert (np.diff(whole) > 0).all()
+
+
+def test_random_places_depend_on_the_seed_alone():
+    features = jnp.zeros((1, 16, 16, 8))
+    first, again, other = (RandomTokens(seed=seed).merge(features) for seed in (0, 0, 1))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("method", [RandomTokens, WholeFrames])
+def test_baselines_are_compressors(method):
+    assert isinstance(method(), Compressor)
+    with pytest.raises(DycokeError, match=r"k is 1; it must lie in"):
+        method(k=1)
+
+
+def test_interval_of_a_share():
+    """Wilson's interval; figures worked out with an independent calculator."""
+    low, high = Tally(90, 100).interval
+    assert (low, high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
+    assert Tally(0, 10).interval[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_files_show_what_was_drawn(tmp_path):
+    """Every frame comes back, at its place, up to the encoder's losses."""
+    frames = draw(task_clip("test", 0).scene, 256)
+    write_clip(tmp_path / "clip.mp4", frames)
+    clip = read_clip(tmp_path / "clip.mp4", FrameSampling(16), 64)
+    small = np.stack([resize(frame, 64) for frame in frames]).astype(int)
+    assert clip.total_frames == 16
+    assert abs(clip.frames - small).mean() < 4
+
+
+@pytest.mark.slow
+def test_answers_are_judged_by_the_known_ones(monkeypatch):
+    """A model that knows the answers scores all; one that gets half of a kind wrong, half."""
+    model = tiny_model()
+    clips = [task_clip("test", number) for number in range(2)]
+    result = evaluate(model, clips, "noise", DyCoke(), batch_size=8)
+    assert result.whole.asked == sum(len(clip.questions) for clip in clips)
+    assert result.whole.right == 0
+    assert (result.visual, result.merged) == (pytest.approx(256), pytest.approx(112))
+    assert result.attended == pytest.approx(33)
+
+    known = {question.text: question.answer for question in clips[0].questions}
+    generate = model.generate
+
+    def knowing(videos, prompts, **settings):
+        from dataclasses import replace
+
+        answers = generate(videos, prompts, **settings)
+        texts = (known.get(prompt, "no idea") for prompt in prompts)
+        return [replace(a, text=f" {text}\n") for a, text in zip(answers, texts, strict=True)]
+
+    monkeypatch.setattr(model, "generate", knowing)
+    result = evaluate(model, clips[:1], "knows", None, batch_size=8)
+    assert result.whole.accuracy == 1
+    known["Name the colours in order of appearance."] = "red"
+    result = evaluate(model, clips[:1], "knows", None, through_files=True, batch_size=8)
+    assert result.kinds["list"].right == 0
+    assert result.whole.right == result.whole.asked - 1
