@@ -43,12 +43,12 @@ SIZES = LlavaConfig(
 # whole task, there with gaps among the visual tokens as well.
 _GAPS = ThinningMix(merged=0.3, random=0.3, k=0.7)
 STAGES = (
-    Stage(200, SceneSettings(1, 1, 4), BatchShape(rows=32, accumulate=1, width=120)),
+    Stage(800, SceneSettings(1, 1, 4), BatchShape(rows=32, accumulate=1, width=120)),
     Stage(300, SceneSettings(16, 1, 3), BatchShape(rows=2, accumulate=8, width=224)),
-    Stage(5000, SceneSettings(16, 2, 5), BatchShape(rows=2, accumulate=8, width=224), _GAPS),
+    Stage(4500, SceneSettings(16, 2, 5), BatchShape(rows=2, accumulate=8, width=224), _GAPS),
 )
 OPTIMISATION = Optimisation(
-    steps=sum(stage.steps for stage in STAGES), learning_rate=1e-3, warm_up=100
+    steps=sum(stage.steps for stage in STAGES), learning_rate=2e-3, warm_up=100
 )
 HELD_OUT_CLIPS = 64
 
