@@ -25,3 +25,10 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Each compiled program holds memory maps, of which a process may have some 65,000 on Linux."""
+    yield
+    jax.clear_caches()
