@@ -4,6 +4,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
+import jax
 import jaxtyping
 import pytest
 
