@@ -144,6 +144,7 @@ def run_batch(
     *,
     stream_every: int | None = None,
     progress: Progress | None = None,
+    observe: Callable[[DecodeState], None] | None = None,
 ) -> Iterator[list[Generated]]:
     """Answers requests together.
 
@@ -159,6 +160,7 @@ def run_batch(
         stream_every: yield after the first token and then after every so many; None yields once,
             at the end.
         progress: called while frames are encoded and tokens generated.
+        observe: shown the state on the device before each yield; it is gone after the next one.
 
     Raises:
         RequestError: if a request does not fit the model's positions.
@@ -203,6 +205,8 @@ def run_batch(
     longest = max(r.decoding.max_new_tokens for r in requests)
     visual = 0 if features is None else features.shape[1] * features.shape[2]
     while not done:
+        if observe:
+            observe(state)
         if stream_every is not None:
             yield _results(requests, state, visual, seconds)
         until = longest if stream_every is None else step + stream_every
@@ -222,6 +226,8 @@ def run_batch(
         seconds = replace(seconds, decode=seconds.decode + time.perf_counter() - began)
         if progress:
             progress("generating", step, longest)
+    if observe:
+        observe(state)
     yield _results(requests, state, visual, seconds)
 
 

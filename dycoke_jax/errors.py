@@ -27,3 +27,7 @@ class PromptError(DycokeError, ValueError):
 
 class RequestError(DycokeError, ValueError):
     """A combination of arguments that does not make a request."""
+
+
+class OutputError(DycokeError):
+    """A result that cannot be written where it should go."""

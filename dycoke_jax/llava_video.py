@@ -37,7 +37,7 @@ from dycoke_jax.inputs.prompts import (
     stop_ids,
     time_instruction,
 )
-from dycoke_jax.inputs.video import Clip, FrameSampling, clip_from_array, read_clip
+from dycoke_jax.inputs.video import FrameSampling, clip_from_array, read_clip
 from dycoke_jax.models.llava import Params
 
 Video = str | PathLike[str] | np.ndarray
@@ -254,26 +254,58 @@ class LlavaVideo:
             decoding = partial(progress, "decoding frames")
 
         def prepare(index: int) -> "_Prepared":
-            clip = self._read(videos[index], sampling, allow_damaged, decoding)
-            times = None
-            if time_text and clip is not None:
-                times = time_instruction(clip.duration, clip.times)
-            prompt = build_prompt(
-                self.tokenizer,
+            request, notes = self.request(
+                videos[index],
                 prompts[index],
+                decodings[index],
+                sampling,
                 system=system,
-                has_video=clip is not None,
-                time_instruction=times,
+                time_text=time_text,
+                allow_damaged=allow_damaged,
+                progress=decoding,
             )
-            pixels = None if clip is None else clip.frames
-            notes = () if clip is None else clip.notes
-            return _Prepared(index, Request(prompt, pixels, decodings[index]), notes)
+            return _Prepared(index, request, notes)
 
         pieces = self._run(prepare, count, batch_size, compression, stream, progress)
         if stream:
             return pieces
         answers = {piece.index: piece.answer for piece in pieces if piece.answer is not None}
         return [answers[index] for index in range(count)]
+
+    def request(
+        self,
+        video: Video | None,
+        prompt: Conversation,
+        decoding: Decoding,
+        sampling: FrameSampling,
+        *,
+        system: str | None = DEFAULT_SYSTEM,
+        time_text: bool = False,
+        allow_damaged: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Request, tuple[str, ...]]:
+        """One question as the engine takes it, and what there is to know of the clip.
+
+        The arguments are those of ``generate``; ``progress`` counts decoded frames.
+        """
+        clip, size = None, self.config.vision.image_size
+        if isinstance(video, np.ndarray):
+            clip = clip_from_array(video, size)
+        elif video is not None:
+            clip = read_clip(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
+        times = None
+        if time_text and clip is not None:
+            times = time_instruction(clip.duration, clip.times)
+        ids = build_prompt(
+            self.tokenizer,
+            prompt,
+            system=system,
+            has_video=clip is not None,
+            time_instruction=times,
+        )
+        if clip is None:
+            return Request(ids, None, decoding), ()
+        return Request(ids, clip.frames, decoding), clip.notes
 
     def _run(
         self,
@@ -340,20 +372,6 @@ class LlavaVideo:
                     yield Piece(prepared.index, piece, answer)
                 elif piece:
                     yield Piece(prepared.index, piece)
-
-    def _read(
-        self,
-        video: Video | None,
-        sampling: FrameSampling,
-        allow_damaged: bool,
-        progress: Callable[[int, int], None] | None,
-    ) -> Clip | None:
-        size = self.config.vision.image_size
-        if video is None:
-            return None
-        if isinstance(video, str | PathLike):
-            return read_clip(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
-        return clip_from_array(video, size)
 
 
 @dataclass(frozen=True)

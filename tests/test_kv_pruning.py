@@ -67,7 +67,7 @@ def test_official_equals_the_authors_code(golden, case):
     np.testing.assert_allclose(model.logits(x)[0, -4:], data["prefill_logits"], atol=1e-3)
     all_visual = jnp.ones((1, visual), bool)
     segment = Visual(embeds[:, slots.visual_range], all_visual, all_visual)
-    state = start(caches, everything, segment, limits(1), pruning, steps + 1)
+    state = start(caches, everything, segment, None, limits(1), pruning, steps + 1)
     kept = np.split(data["kept_indices"], np.cumsum(data["kept_lengths"])[:-1])
     for index in range(steps):
         state = take_token(state, jnp.array([int(data["fed_tokens"][index])]), limits(1))
@@ -112,7 +112,7 @@ def run_steps(config, params, text, visual, slots, pruning, fed):
     """Logits [steps, B, L], refreshed [steps, B] and the states of feeding given tokens."""
     _, caches, valid = read_prompt(bind(config, params), visual, text)
     rows = len(text.prefix)
-    state = start(caches, valid, visual, limits(rows), pruning, slots.generated)
+    state = start(caches, valid, visual, None, limits(rows), pruning, slots.generated)
     logits, refreshed, states = [], [], []
     for tokens in fed:
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(rows))
@@ -166,7 +166,7 @@ def test_working_set_equals_a_masked_full_cache():
     # The same choices on a full cache, where a mask hides what was not chosen.
     _, caches, valid = read_prompt(bind(config, params), segment, text)
     masked = ReplayedMask(2, slots, [np.asarray(s.pruned.chosen) for s in states])
-    state = start(caches, valid, segment, limits(3), masked, slots.generated)
+    state = start(caches, valid, segment, None, limits(3), masked, slots.generated)
     for index, tokens in enumerate(fed):
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(3))
         out, state = decode_step(bind(config, params), state, masked, slots)

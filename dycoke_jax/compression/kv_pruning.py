@@ -41,6 +41,11 @@ class WorkingSetState:
     scores: Float[Array, "B V"]
     """Of the last step."""
 
+    def seen(self) -> Bool[Array, "B V"]:
+        """See ``protocol.PrunedCache``."""
+        rows = jnp.arange(self.chosen.shape[0])[:, None]
+        return jnp.zeros(self.is_visual.shape, bool).at[rows, self.chosen].set(True)
+
 
 @dataclass(frozen=True)
 class WorkingSet:
@@ -139,8 +144,13 @@ class MaskedCacheState:
     present: Bool[Array, "B S"]
     """Slots that hold a token, chosen or not."""
     is_visual: Bool[Array, "B V"]
+    shown: Bool[Array, "B V"]
     scores: Float[Array, "B V"]
     similarity: Float[Array, "B"]
+
+    def seen(self) -> Bool[Array, "B V"]:
+        """See ``protocol.PrunedCache``."""
+        return self.shown
 
 
 @dataclass(frozen=True)
@@ -170,6 +180,7 @@ class MaskedCache:
             refreshed=jnp.zeros(batch, bool),
             present=valid,
             is_visual=is_visual,
+            shown=jnp.ones(is_visual.shape, bool),
             scores=jnp.zeros(is_visual.shape, jnp.float32),
             similarity=jnp.zeros(batch, jnp.float32),
         )
@@ -202,6 +213,7 @@ class MaskedCache:
             attended=(valid[:, visual] & state.is_visual).sum(1, dtype=jnp.int32),
             refreshed=refreshed & active,
             present=present,
+            shown=shown,
             scores=scores,
             similarity=similarity,
         )

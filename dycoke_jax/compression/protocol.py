@@ -45,12 +45,19 @@ class PrunedCache(Protocol):
         """Which of their slots may be seen."""
 
     @property
+    def is_visual(self) -> Bool[Array, "B V"]:
+        """Which visual slots hold visual tokens, not newlines."""
+
+    @property
     def attended(self) -> Int[Array, "B"]:
         """Visual tokens (newlines not counted) among them."""
 
     @property
     def refreshed(self) -> Bool[Array, "B"]:
         """Whether the last step chose them anew."""
+
+    def seen(self) -> Bool[Array, "B V"]:
+        """The visual slots that the last step attended to, for whoever wants to look."""
 
 
 @runtime_checkable

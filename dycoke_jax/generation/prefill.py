@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.cache import KV
 from dycoke_jax.compression.protocol import Compressor, DecodePruning
@@ -43,6 +43,7 @@ def prefill(
         generated: slots to make for generated tokens (static).
     """
     model = bind(config, params)
+    kept = None
     if features is None:
         visual = no_visual(config, text.question.shape[0])
     else:
@@ -52,7 +53,7 @@ def prefill(
     x, caches, valid = read_prompt(model, visual, text)
     last = x.shape[1] - text.question.shape[1] + text.question_length - 1
     logits = model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
-    state = start(caches, valid, visual, limits, pruning, generated)
+    state = start(caches, valid, visual, kept, limits, pruning, generated)
     return take_token(state, sample(logits, sampling, jnp.int32(0)), limits)
 
 
@@ -73,6 +74,7 @@ def start(
     caches: list[KV],
     valid: Bool[Array, "B T"],
     visual: Visual,
+    kept: Int[Array, "B M"] | None,
     limits: Limits,
     pruning: DecodePruning | None,
     generated: int,
@@ -99,6 +101,7 @@ def start(
         length=length,
         visual=(visual.valid & visual.is_visual).sum(1, dtype=jnp.int32),
         newlines=(visual.valid & ~visual.is_visual).sum(1, dtype=jnp.int32),
+        kept=kept,
         caches=caches,
         valid=valid,
         pruned=pruned,

@@ -42,6 +42,8 @@ class DecodeState:
     visual: Int[Array, "B"]
     """Visual tokens of the prompt after merging."""
     newlines: Int[Array, "B"]
+    kept: Int[Array, "B M"] | None
+    """Which ones they are, in their order (see ``protocol.Compressor.merge``); None: all."""
     caches: list[KV]
     """Keys and values of the layers that attend to everything, over all slots."""
     valid: Bool[Array, "B S"]

@@ -14,6 +14,7 @@ from dycoke_jax.training.batches import pack
 from dycoke_jax.training.scoring import HeldOut
 from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix, task_example
 from dycoke_jax.training.step import Optimisation
+from dycoke_jax.training.watching import watch
 
 SIZES = LlavaConfig(
     vision=VisionConfig(
@@ -29,9 +30,9 @@ SIZES = LlavaConfig(
         hidden_size=128,
         intermediate_size=352,
         num_layers=6,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
         tie_word_embeddings=True,
         rope_theta=1e4,
         max_positions=4096,
@@ -39,13 +40,13 @@ SIZES = LlavaConfig(
 )
 """1.3 million weights: 16 visual tokens a frame, 256 for a clip of 16 frames."""
 
-# After the alignment of single pictures: questions about pictures, clips of few things, and the
-# whole task, there with gaps among the visual tokens as well.
+# After the lessons of the eyes: questions about pictures, clips of few things, and the whole task,
+# there with gaps among the visual tokens as well.
 _GAPS = ThinningMix(merged=0.3, random=0.3, k=0.7)
 STAGES = (
-    Stage(800, SceneSettings(1, 1, 4), BatchShape(rows=32, accumulate=1, width=120)),
-    Stage(300, SceneSettings(16, 1, 3), BatchShape(rows=2, accumulate=8, width=224)),
-    Stage(4500, SceneSettings(16, 2, 5), BatchShape(rows=2, accumulate=8, width=224), _GAPS),
+    Stage(300, SceneSettings(1, 1, 4), BatchShape(rows=32, accumulate=1, width=120)),
+    Stage(200, SceneSettings(16, 1, 3), BatchShape(rows=2, accumulate=8, width=224)),
+    Stage(3000, SceneSettings(16, 2, 5), BatchShape(rows=2, accumulate=8, width=224), _GAPS),
 )
 OPTIMISATION = Optimisation(
     steps=sum(stage.steps for stage in STAGES), learning_rate=2e-3, warm_up=100
@@ -72,14 +73,14 @@ def held_out(tokenizer: Tokenizer, size: int, frames: int = 16) -> HeldOut:
 
 
 def initial(tokenizer: Tokenizer, seed: int = 0) -> Params:
-    """Weights to start from: random ones after the alignment of single pictures."""
+    """Weights to start from: random ones after the lessons of the eyes."""
     params = {}
     for path, weight in random_params(SIZES, seed).items():
         # Wider than large models begin: layers as narrow as these would learn slowly at first.
         is_matrix = weight.ndim > 1 and "embed" not in path
         scale = 0.7 * weight[0].size ** -0.5 / 0.02 if is_matrix else 1.0
         params[path] = weight * scale
-    return align(SIZES, params, tokenizer)
+    return watch(SIZES, align(SIZES, params, tokenizer))
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -1,0 +1,8 @@
+"""What ships with the package: a tiny trained checkpoint, so that a newcomer gets true answers."""
+
+from pathlib import Path
+
+TINY = Path(__file__).parent / "tiny"
+"""A LLaVA-OneVision of 1.3 million weights in the llava-hf layout. It knows the clips of
+``evaluation.task`` and nothing else; ``training.tiny`` is the recipe, ``training.jsonl`` in it the
+log of loss and accuracy."""

@@ -1,0 +1,28 @@
+"""The command line: ``dycoke-jax``. Answers go to stdout, everything else to stderr."""
+
+import os
+import sys
+import warnings
+
+from dycoke_jax.cli import asking, checkpoints, learning  # noqa: F401 (they add their commands)
+from dycoke_jax.cli.app import app
+from dycoke_jax.cli.console import say
+from dycoke_jax.errors import DycokeError
+
+# Heavy imports (jax, flax, PyAV) happen inside the commands, so that --help answers at once.
+
+USER_ERROR = 2
+
+
+def main() -> None:
+    """Runs the command line; a DycokeError becomes its message and exit code 2."""
+    # transformers would advise to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        app()
+    except DycokeError as error:
+        say(f"error: {error}", style="red")
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,36 @@
+"""The application that the commands belong to."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from dycoke_jax import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Fast video language models in JAX: LLaVA-OneVision and LLaVA-Video with DyCoke.",
+)
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _print_version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(f"dycoke-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool | None,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = None,
+) -> None:
+    pass

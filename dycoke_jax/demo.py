@@ -1,0 +1,211 @@
+"""The same questions with and without DyCoke, side by side: answers, counts of tokens, times."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.engine import Seconds
+from dycoke_jax.evaluation.pictures import draw
+from dycoke_jax.evaluation.task import task_clip
+from dycoke_jax.llava_video import Answer, LlavaVideo, Video
+
+Progress = Callable[[str, int, int], None]
+"""Called with what runs, runs done, and runs in all."""
+
+# Three questions to each of the first clips that the shipped model has never seen.
+KINDS = (
+    ("colour", "direction", "describe"),
+    ("count", "first", "list"),
+    ("where", "brief", "describe"),
+)
+
+_WIDTH = 110
+"""Columns of the tables where the terminal has fewer, or there is none."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a clip, and the right answer where it is known."""
+
+    clip: str
+    video: Video
+    question: str
+    known: str | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """All questions answered with one compression.
+
+    Attributes:
+        answers: in the order of the questions.
+        seconds: of the stages of the whole batch; the median of the runs after the first.
+        first_run: seconds of the first run, most of which is compilation.
+    """
+
+    answers: tuple[Answer, ...]
+    seconds: Seconds
+    first_run: float
+
+
+def made_up(size: int) -> list[Asked]:
+    """Questions about made-up clips of the test split.
+
+    Args:
+        size: pixels a side of the clips.
+    """
+    asked = []
+    for number, kinds in enumerate(KINDS):
+        clip = task_clip("test", number)
+        video = draw(clip.scene, size)
+        for question in clip.questions:
+            if question.kind in kinds:
+                name = f"clip {number + 1}"
+                asked.append(Asked(name, video, question.text, question.answer))
+    return asked
+
+
+def answer_all(
+    model: LlavaVideo,
+    asked: Sequence[Asked],
+    compressions: dict[str, Compressor | None],
+    *,
+    frames: int = 16,
+    max_new_tokens: int = 96,
+    runs: int = 3,
+    progress: Progress | None = None,
+) -> dict[str, Side]:
+    """Asks everything with each compression.
+
+    Args:
+        model: to be asked.
+        asked: run as one batch.
+        compressions: by name.
+        frames: of clips that are files.
+        max_new_tokens: of each answer.
+        runs: that are timed, after a first one that compiles; the sides take turns.
+        progress: told after each run.
+    """
+    videos, prompts = [a.video for a in asked], [a.question for a in asked]
+    answers: dict[str, list[Answer]] = {}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in compressions}
+    total = (runs + 1) * len(compressions)
+    for run in range(runs + 1):
+        for place, (name, compression) in enumerate(compressions.items()):
+            answers[name] = model.generate(
+                videos,
+                prompts,
+                compression=compression,
+                frames=frames,
+                max_new_tokens=max_new_tokens,
+                batch_size=len(asked),
+            )
+            seconds[name].append(answers[name][0].seconds)
+            if progress:
+                progress(
+                    "compiling" if run == 0 else "answering",
+                    run * len(compressions) + place + 1,
+                    total,
+                )
+    return {
+        name: Side(
+            tuple(answers[name]),
+            Seconds(*(median(column) for column in zip(*map(_stages, timed[1:]), strict=True))),
+            sum(_stages(timed[0])),
+        )
+        for name, timed in seconds.items()
+    }
+
+
+def verdict(asked: Sequence[Asked], side: Side) -> tuple[int, int]:
+    """Right answers, and questions whose answer is known."""
+    pairs = zip(asked, side.answers, strict=True)
+    known = [answer.text.strip() == a.known for a, answer in pairs if a.known is not None]
+    return sum(known), len(known)
+
+
+def longest_of_each_clip(asked: Sequence[Asked]) -> list[Asked]:
+    """One question a clip: the one whose known answer is longest."""
+    longest: dict[str, Asked] = {}
+    for a in asked:
+        before = longest.get(a.clip)
+        if before is None or len(a.known or "") > len(before.known or ""):
+            longest[a.clip] = a
+    return list(longest.values())
+
+
+def show(asked: Sequence[Asked], sides: dict[str, Side], file: IO[str]) -> None:
+    """Writes the answers, the counts, the times and the verdict as tables."""
+    console = Console(file=file, highlight=False)
+    console.width = max(console.width, _WIDTH)
+    answers = Table(show_lines=True)
+    for column in ("clip", "question", "right answer", *sides):
+        answers.add_column(column, overflow="fold")
+    for number, a in enumerate(asked):
+        said = (_judged(side.answers[number].text, a.known) for side in sides.values())
+        # Text, not markup: an answer may hold brackets.
+        answers.add_row(a.clip, Text(a.question), Text(a.known or "unknown"), *said)
+    console.print(answers)
+
+    costs = Table()
+    for column in ("", *sides):
+        costs.add_column(column, justify="right" if column else "left")
+    for label, of_side in _COSTS.items():
+        costs.add_row(label, *(of_side(side) for side in sides.values()))
+    if any(a.known is not None for a in asked):
+        rights = (verdict(asked, side) for side in sides.values())
+        costs.add_row("right answers", *(f"{right} of {known}" for right, known in rights))
+    console.print(costs)
+
+
+def as_json(asked: Sequence[Asked], sides: dict[str, Side]) -> dict[str, Any]:
+    """Everything that was measured, for machines."""
+    return {
+        "questions": [{"clip": a.clip, "question": a.question, "known": a.known} for a in asked],
+        "sides": {
+            name: {
+                "answers": [
+                    {"text": answer.text, "tokens": asdict(answer.tokens)}
+                    for answer in side.answers
+                ],
+                "right": verdict(asked, side)[0],
+                "of": verdict(asked, side)[1],
+                "seconds": asdict(side.seconds),
+                "first_run": side.first_run,
+            }
+            for name, side in sides.items()
+        },
+    }
+
+
+def _judged(said: str, known: str | None) -> Text:
+    if known is None:
+        return Text(said)
+    is_right = said.strip() == known
+    return Text(f"{said} {'✓' if is_right else '✗'}", style="green" if is_right else "red")
+
+
+def _attended(side: Side) -> str:
+    steps = [count for answer in side.answers for count in answer.tokens.attended]
+    return f"{sum(steps) / len(steps):.0f}" if steps else "no step"
+
+
+_COSTS: dict[str, Callable[[Side], str]] = {
+    "visual tokens of a clip": lambda side: str(side.answers[0].tokens.visual),
+    "after merging": lambda side: str(side.answers[0].tokens.merged),
+    "attended per decoding step (mean)": _attended,
+    "vision, seconds": lambda side: f"{side.seconds.vision:.3f}",
+    "prefill, seconds": lambda side: f"{side.seconds.prefill:.3f}",
+    "decode, seconds": lambda side: f"{side.seconds.decode:.3f}",
+    "first run, with compilation": lambda side: f"{side.first_run:.1f}",
+}
+
+
+def _stages(seconds: Seconds) -> tuple[float, float, float]:
+    return seconds.vision, seconds.prefill, seconds.decode

@@ -1,0 +1,48 @@
+"""The loop of lessons that come before the questions: fresh batches, one loss, AdamW."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from dycoke_jax.models.llava import Params
+
+Loss = Callable[..., Float[Array, ""]]
+Batches = Callable[[int], tuple]
+
+
+def teach(params: Params, loss: Loss, batch: Batches, steps: int, rate: float) -> Params:
+    """Minimises a loss over weights.
+
+    Args:
+        params: the weights to train; those left as they are belong into ``loss``.
+        loss: of weights and the arrays of a batch.
+        batch: gives a step's arrays.
+        steps: of training.
+        rate: the highest learning rate; it rises for a fifteenth of the steps and then falls to
+            zero as a cosine does.
+
+    Returns:
+        The weights after the last step.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 15, steps)
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    )
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(
+        params: Params, moments: optax.OptState, arrays: tuple
+    ) -> tuple[Params, optax.OptState]:
+        gradient = jax.grad(loss)(params, *arrays)
+        updates, moments = optimiser.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    params = {path: jnp.array(x) for path, x in params.items()}  # given away at the first step
+    moments = optimiser.init(params)
+    for number in range(steps):
+        params, moments = step(params, moments, batch(number))
+    return params
