@@ -68,6 +68,21 @@ def ask(scene: Scene, random: np.random.Generator) -> list[Question]:
     return asked
 
 
+def drill(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """Short questions about every thing, in random order: to practise what ``ask`` asks once.
+
+    Where it is in the end, which way it moves and, of moving ones, which colour it meets; of all,
+    brief ones too, shape and colour.
+    """
+    asked = []
+    for thing in scene.things:
+        asked += [_shape(thing), _colour(thing)]
+        if not thing.is_brief:
+            asked += [_direction(thing, random), _where(thing, random)]
+            asked += [_meets(thing, random)] if thing.motion else []
+    return [asked[i] for i in random.permutation(len(asked))]
+
+
 def blind_score(questions: Iterable[Question]) -> dict[str, float]:
     """Per kind, the share of right answers of the best guesser who never sees a clip.
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.scenes import SceneSettings
+from dycoke_jax.evaluation.questions import Question, drill
+from dycoke_jax.evaluation.scenes import Scene, SceneSettings
 from dycoke_jax.evaluation.task import Split, task_clip
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.training.batches import Batch, Example, pack
@@ -87,12 +88,21 @@ class ThinningMix:
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps of training on the built-in task."""
+    """Some steps of training on the built-in task.
+
+    Attributes:
+        steps: how many.
+        scenes: what the clips show.
+        shape: of a step.
+        thinning: how often visual tokens are left out.
+        drill: ask short questions about every thing instead of those of the task.
+    """
 
     steps: int
     scenes: SceneSettings
     shape: BatchShape
     thinning: ThinningMix = field(default_factory=ThinningMix)
+    drill: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,15 +131,23 @@ class TaskSource:
             raise ConfigError(f"step {step} is beyond the last stage")
         first_clip += (step - first_step) * stage.shape.examples
         numbers = range(first_clip, first_clip + stage.shape.examples)
-        examples = [task_example("train", number, stage.scenes, self.size) for number in numbers]
+        example = drill_example if stage.drill else task_example
+        examples = [example("train", number, stage.scenes, self.size) for number in numbers]
         return stage.shape.pack(self.tokenizer, examples), stage.thinning.choose(step, self.seed)
 
 
 def task_example(split: Split, number: int, scenes: SceneSettings, size: int) -> Example:
     """A clip of the built-in task with all its questions."""
     clip = task_clip(split, number, scenes)
-    return Example(
-        draw(clip.scene, size),
-        [question.text for question in clip.questions],
-        [question.answer for question in clip.questions],
-    )
+    return _example(clip.scene, clip.questions, size)
+
+
+def drill_example(split: Split, number: int, scenes: SceneSettings, size: int) -> Example:
+    """A clip of the built-in task with short questions about every thing."""
+    scene = task_clip(split, number, scenes).scene
+    return _example(scene, drill(scene, np.random.default_rng([number, 4])), size)
+
+
+def _example(scene: Scene, questions: Sequence[Question], size: int) -> Example:
+    texts = [question.text for question in questions]
+    return Example(draw(scene, size), texts, [question.answer for question in questions])
