@@ -104,16 +104,19 @@ class Qwen2:
         head = self.params.get("lm_head.weight", self.weight("embed_tokens.weight"))
         return rms_norm(x, self.weight("norm.weight"), self.config.rms_norm_eps) @ head.T
 
-    def generate(self, prompt, candidates, fed, *, layer, p, threshold=0.9):
+    def generate(self, prompt, candidates, fed, *, layer, p, threshold=0.9, one_shot=False):
         """Paper mode: logits after the prompt and after each fed token, and what was kept.
 
-        prompt: embeddings [T, D]; candidates: slots of visual tokens; fed: token ids.
+        prompt: embeddings [T, D]; candidates: slots of visual tokens; fed: token ids. one_shot:
+        the prompt's last token chooses once and for all.
         """
         caches = [{} for _ in range(self.config.num_layers)]
         x = np.asarray(prompt, np.float64)
         for number, cache in enumerate(caches):
             positions = range(len(prompt))
-            x, _ = self.attend(number, x, cache, positions, lambda t: list(range(t + 1)))
+            x, weights = self.attend(number, x, cache, positions, lambda t: list(range(t + 1)))
+            if number == layer - 1:
+                of_prompt = weights.mean(0)[candidates]
         logits, kept_sets, refreshes, weights = [self.logits(x[-1])], [], [], None
         keep, kept, last = kept_of(len(candidates), p), None, None
         for index, token in enumerate(fed):
@@ -123,7 +126,7 @@ class Qwen2:
             for number, cache in enumerate(caches):
                 visible = everything
                 if number == layer:
-                    scores = weights.mean(0)[candidates]
+                    scores = of_prompt if one_shot else weights.mean(0)[candidates]
                     refresh = last is None or cosine(scores, last) < threshold
                     if refresh:
                         best = sorted(range(len(candidates)), key=lambda n: -scores[n])[:keep]

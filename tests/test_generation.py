@@ -382,7 +382,7 @@ def test_bfloat16_weights_give_bfloat16_caches(model):
     half = {name: weight.astype(jnp.bfloat16) for name, weight in model.params.items()}
     ids, length = jnp.zeros((1, 4), jnp.int32), jnp.array([4])
     text = TextIds(ids, length, ids, length)
-    x, caches, _ = read_prompt(bind(model.config, half), no_visual(model.config, 1), text)
+    x, caches, _, _ = read_prompt(bind(model.config, half), no_visual(model.config, 1), text)
     assert {a.dtype for cache in caches for a in cache} | {x.dtype} == {jnp.dtype(jnp.bfloat16)}
     low = LlavaVideo(model.config, half, model.tokenizer)
     low.stop_ids = ()

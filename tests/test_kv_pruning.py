@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 from dycoke_jax import DyCoke
 from dycoke_jax.cache import Slots
-from dycoke_jax.compression.kv_pruning import MaskedCache, WorkingSet
+from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet
 from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
 from dycoke_jax.generation.assemble import TextIds, Visual
 from dycoke_jax.generation.decode import decode_step
-from dycoke_jax.generation.prefill import read_prompt, start
+from dycoke_jax.generation.prefill import last_attention, read_prompt, start
 from dycoke_jax.generation.state import Limits, take_token
 from dycoke_jax.models.llava import bind, random_params
 
@@ -33,6 +33,10 @@ step = jax.jit(
 
 def limits(rows):
     return Limits(jnp.full(rows, 1000), jnp.full((rows, 1), -1))
+
+
+def no_scores(segment):
+    return jnp.zeros(segment.valid.shape)
 
 
 @pytest.mark.parametrize("case", ["flat", "layer1_p90", "peaky"])
@@ -63,11 +67,13 @@ def test_official_equals_the_authors_code(golden, case):
     embeds = jnp.asarray(data["inputs_embeds"])[None]
     everything = jnp.ones((1, prompt), bool)
     model = bind(config, params)
-    x, caches = model.language_model.prefill(embeds, jnp.arange(prompt)[None], everything)
+    x, caches, _ = model.language_model.prefill(embeds, jnp.arange(prompt)[None], everything)
     np.testing.assert_allclose(model.logits(x)[0, -4:], data["prefill_logits"], atol=1e-3)
     all_visual = jnp.ones((1, visual), bool)
     segment = Visual(embeds[:, slots.visual_range], all_visual, all_visual)
-    state = start(caches, everything, segment, None, limits(1), pruning, steps + 1)
+    state = start(
+        caches, everything, segment, None, no_scores(segment), limits(1), pruning, steps + 1
+    )
     kept = np.split(data["kept_indices"], np.cumsum(data["kept_lengths"])[:-1])
     for index in range(steps):
         state = take_token(state, jnp.array([int(data["fed_tokens"][index])]), limits(1))
@@ -110,9 +116,14 @@ def ragged_prompts(config, params, seed, lengths, visual):
 
 def run_steps(config, params, text, visual, slots, pruning, fed):
     """Logits [steps, B, L], refreshed [steps, B] and the states of feeding given tokens."""
-    _, caches, valid = read_prompt(bind(config, params), visual, text)
+    model = bind(config, params)
+    read = read_prompt(model, visual, text)
+    last = slots.prefix + slots.visual + text.question_length - 1
+    scores = last_attention(model, read, pruning.layer - 1, last)[:, :, slots.visual_range].mean(1)
     rows = len(text.prefix)
-    state = start(caches, valid, visual, None, limits(rows), pruning, slots.generated)
+    state = start(
+        read.caches, read.valid, visual, None, scores, limits(rows), pruning, slots.generated
+    )
     logits, refreshed, states = [], [], []
     for tokens in fed:
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(rows))
@@ -152,6 +163,49 @@ def test_paper_equals_the_text_of_the_paper(seed, visual, lengths, layer, p):
             assert int(state.pruned.attended[row]) == len(chosen) == kept_of(visual, p)
 
 
+@settings(max_examples=5)
+@given(
+    seed=st.integers(0, 10_000),
+    visual=st.integers(1, 24),
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=3),
+    layer=st.integers(1, 3),
+    p=st.sampled_from([0.3, 0.7]),
+)
+def test_dropping_lets_the_last_token_of_the_prompt_choose_once(seed, visual, lengths, layer, p):
+    config, params = random_model(seed % 5)
+    text, segment, slots, alone = ragged_prompts(config, params, seed, lengths, visual)
+    pruning = DyCoke(layer=layer, p=p, parked="drop").decode_pruning(slots, visual)
+    assert isinstance(pruning, OneShot)
+    fed = np.random.default_rng(seed).integers(0, 64, (4, len(lengths)))
+    logits, refreshed, states = run_steps(config, params, text, segment, slots, pruning, fed)
+    assert not refreshed.any()
+    plain = Qwen2(config.text, params)
+    for row, (prefix, _) in enumerate(lengths):
+        candidates = list(range(prefix, prefix + visual))
+        wanted, kept, _ = plain.generate(
+            alone[row], candidates, fed[:, row], layer=layer, p=p, one_shot=True
+        )
+        np.testing.assert_allclose(logits[:, row], wanted[1:], atol=2e-3)
+        for index, state in enumerate(states):
+            seen = {prefix + int(place) for place in np.flatnonzero(state.pruned.seen()[row])}
+            assert seen == kept[index]
+            assert int(state.pruned.attended[row]) == len(seen) == kept_of(visual, p)
+
+
+def test_dropping_holds_no_second_copy_of_the_visual_cache():
+    """Counted in bytes: later layers hold the chosen slots and the text, nothing beside."""
+    config, params = random_model(1)
+    text, segment, slots, _ = ragged_prompts(config, params, 7, [(3, 5)], 20)
+    sizes = {}
+    for parked in ("device", "drop"):
+        pruning = DyCoke(layer=2, p=0.6, parked=parked).decode_pruning(slots, 20)
+        state = run_steps(config, params, text, segment, slots, pruning, [[1]])[2][0]
+        sizes[parked] = sum(x.nbytes for x in jax.tree.leaves(state.pruned) if x.ndim == 4)
+    slot = 2 * 2 * config.text.num_kv_heads * config.text.head_dim * 4  # two layers, keys, values
+    assert sizes["drop"] == slot * (8 + slots.prefix + slots.question + slots.generated)
+    assert sizes["device"] == sizes["drop"] + slot * 20
+
+
 def test_working_set_equals_a_masked_full_cache():
     """The compact buffers hold exactly what hiding the other slots of the full cache shows."""
     config, params = random_model(1)
@@ -164,9 +218,18 @@ def test_working_set_equals_a_masked_full_cache():
     assert 0 < refreshed[1:].mean() < 1, "the case must hold steps of both kinds"
 
     # The same choices on a full cache, where a mask hides what was not chosen.
-    _, caches, valid = read_prompt(bind(config, params), segment, text)
+    read = read_prompt(bind(config, params), segment, text)
     masked = ReplayedMask(2, slots, [np.asarray(s.pruned.chosen) for s in states])
-    state = start(caches, valid, segment, None, limits(3), masked, slots.generated)
+    state = start(
+        read.caches,
+        read.valid,
+        segment,
+        None,
+        no_scores(segment),
+        limits(3),
+        masked,
+        slots.generated,
+    )
     for index, tokens in enumerate(fed):
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(3))
         out, state = decode_step(bind(config, params), state, masked, slots)
@@ -180,8 +243,8 @@ class ReplayedMask:
         self.layer, self.slots, self.chosen = layer, slots, chosen
         self.inner = MaskedCache(layer, 0, 0.9, slots)
 
-    def start(self, caches, valid, is_visual):
-        return self.inner.start(caches, valid, is_visual)
+    def start(self, caches, valid, is_visual, scores):
+        return self.inner.start(caches, valid, is_visual, scores)
 
     def update(self, state, scores, step, active):
         state = self.inner.update(state, scores, step, active)

@@ -134,7 +134,7 @@ def test_logits_at_every_position(pair, frames, has_video):
         features = encode(ours.config, ours.params, [frames], 1)
         newline = model.image_newline[...]
         segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
-    x, _, valid = jax.jit(
+    x, _, valid, _ = jax.jit(
         lambda params, segment, text: read_prompt(bind(ours.config, params), segment, text)
     )(ours.params, segment, text)
     logits = np.asarray(model.logits(x))[0][np.asarray(valid[0])]
@@ -188,7 +188,7 @@ def test_bfloat16_is_as_close_to_float32_as_torch_is(pair, frames):
     features = encode(ours.config, half, [frames], 1)
     newline = half["image_newline"]
     segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
-    x, _, _ = read_prompt(model, segment, text)
+    x = read_prompt(model, segment, text).states
     error = np.abs(np.asarray(model.logits(x)[0, -1]) - exact.numpy())
     assert 0 < error.mean() < 1.5 * float((theirs - exact).abs().mean())
 

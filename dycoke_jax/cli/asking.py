@@ -34,6 +34,10 @@ def generate(
         Literal["paper", "official"],
         typer.Option(help="DyCoke as in the paper or as in the published code."),
     ] = "paper",
+    parked: Annotated[
+        Literal["device", "drop"],
+        typer.Option(help="DyCoke: where pruned KV waits; drop frees it, and it cannot return."),
+    ] = "device",
     no_dycoke: Annotated[bool, typer.Option("--no-dycoke", help="Run the plain model.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -65,7 +69,7 @@ def generate(
     from dycoke_jax.llava_video import LlavaVideo
 
     # Refuse what can be refused before a large checkpoint is read.
-    compression = None if no_dycoke else DyCoke(k, layer, p, threshold, mode)
+    compression = None if no_dycoke else DyCoke(k, layer, p, threshold, mode, parked)
     FrameSampling(frames=frames, fps=fps)
     Decoding(max_new_tokens, temperature, top_k, top_p, seed)
     if video is not None:

@@ -1,12 +1,14 @@
 """Commands about learning and knowing: train, eval."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from dycoke_jax.cli.app import app
-from dycoke_jax.cli.console import bars, say, training_steps
+from dycoke_jax.cli.console import bars, byte_counts, counts, say, training_steps
 from dycoke_jax.errors import ConfigError
 
 
@@ -104,3 +106,81 @@ def train(
             )
             trained = command.fine_tune(folder, what, intervals, show)
     say(f"wrote {trained}")
+
+
+@app.command(
+    "eval",
+    epilog="Example: `dycoke-jax eval results.json --settings all --clips 200 --plot results.png`",
+)
+def evaluate(
+    results: Annotated[
+        Path, typer.Argument(help="JSON file to write; settings that it holds are not run again.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id. Default: the tiny one that ships.")
+    ] = None,
+    clips: Annotated[int, typer.Option(help="Unseen clips, about nine questions each.")] = 1000,
+    settings: Annotated[
+        Literal["headlines", "all"],
+        typer.Option(help="headlines: plain, DyCoke, random and whole-frame dropping."),
+    ] = "headlines",
+    frames: Annotated[int, typer.Option(help="Of a clip.")] = 16,
+    through_files: Annotated[
+        bool, typer.Option("--through-files", help="Write every clip as H.264 and read that.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Questions that run together.")] = 32,
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw: accuracy against tokens.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure accuracy on made-up clips, by kind of question and setting of compression."""
+    from dycoke_jax.assets import TINY
+    from dycoke_jax.checkpoint.fingerprint import fingerprint
+    from dycoke_jax.evaluation import accuracy, report
+    from dycoke_jax.evaluation.questions import blind_score
+    from dycoke_jax.evaluation.scenes import SceneSettings
+    from dycoke_jax.evaluation.settings import HEADLINES, SWEEPS
+    from dycoke_jax.evaluation.task import task_clip
+    from dycoke_jax.llava_video import LlavaVideo
+
+    if clips < 1:
+        raise ConfigError(f"clips is {clips}; it must be at least 1")
+    if plot is not None:
+        report.check_plot()
+    compared = HEADLINES if settings == "headlines" else HEADLINES | SWEEPS
+    scenes = SceneSettings(frames)
+    task = [task_clip("test", number, scenes) for number in range(clips)]
+    blind = blind_score(question for clip in task for question in clip.questions)
+    with bars() as bar:
+        llava = LlavaVideo.from_pretrained(
+            model or TINY, progress=byte_counts(bar, "loading weights")
+        )
+        described = {
+            "model": fingerprint(llava.params),
+            "clips": clips,
+            "frames": frames,
+            "through_files": through_files,
+        }
+        done = report.read(results, described)
+        show = counts(bar)
+        for number, (name, compression) in enumerate(compared.items()):
+            show("settings", number, len(compared))
+            if name not in done:
+                done[name] = accuracy.evaluate(
+                    llava,
+                    task,
+                    name,
+                    compression,
+                    through_files=through_files,
+                    batch_size=batch_size,
+                    progress=show,
+                )
+                report.write(results, described, done, blind)
+    chosen = [done[name] for name in compared]
+    if plot is not None:
+        report.plot(chosen, plot)
+    if as_json:
+        print(json.dumps(report.everything(described, done, blind)))
+        return
+    console = Console(highlight=False)
+    console.width = max(console.width, report.WIDTH)
+    console.print(report.table(chosen, blind))

@@ -7,12 +7,14 @@ from typing import Literal, get_args
 from jaxtyping import Array, Float, Int
 
 from dycoke_jax.cache import Slots
-from dycoke_jax.compression.kv_pruning import MaskedCache, WorkingSet
+from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet
+from dycoke_jax.compression.protocol import DecodePruning
 from dycoke_jax.compression.ttm import merge
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
 
 Mode = Literal["paper", "official"]
+Parked = Literal["device", "drop"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class DyCoke:
         threshold: cosine similarity of the attention of successive steps below which the kept set
             is chosen anew, in (0, 1]. The paper gives no number; 0.9 is the published code's.
         mode: ``paper`` or ``official``.
+        parked: where keys and values wait that are not attended to. ``device``: beside the others,
+            so that they can return. ``drop``: nowhere; the prompt's last token chooses once, and
+            their memory is free while decoding (mode ``paper`` only; not part of the paper).
 
     Newlines are never compared, dropped or pruned; one goes only when its whole row has gone (see
     ``generation.assemble.place_newlines`` for why).
@@ -49,6 +54,7 @@ class DyCoke:
     p: float = 0.7
     threshold: float = 0.9
     mode: Mode = "paper"
+    parked: Parked = "device"
 
     def __post_init__(self) -> None:
         for name, value in (("k", self.k), ("p", self.p)):
@@ -60,6 +66,12 @@ class DyCoke:
             raise ConfigError(f"DyCoke: layer is {self.layer}; it must lie in 1..layers-1")
         if self.mode not in get_args(Mode):
             raise ConfigError(f"DyCoke: mode is {self.mode!r}; it must be paper or official")
+        if self.parked not in get_args(Parked):
+            raise ConfigError(f"DyCoke: parked is {self.parked!r}; it must be device or drop")
+        if self.parked == "drop" and self.mode == "official":
+            raise ConfigError(
+                "DyCoke: the published code drops no keys and values; parked drop needs mode paper"
+            )
 
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Refuses what cannot work on this model or clip.
@@ -91,7 +103,7 @@ class DyCoke:
         kept = self._kept(features.shape[2], self.k)
         return merge(features, kept, official=self.mode == "official")
 
-    def decode_pruning(self, slots: Slots, tokens: int) -> WorkingSet | MaskedCache | None:
+    def decode_pruning(self, slots: Slots, tokens: int) -> DecodePruning | None:
         """Stage 2, see ``kv_pruning``; None where nothing is pruned."""
         if self.p == 0 or tokens == 0:
             return None
@@ -99,8 +111,10 @@ class DyCoke:
             # The published code leaves the last visual token out of its candidates.
             kept = self._kept(tokens - 1, self.p)
             return MaskedCache(self.layer, kept, self.threshold, slots)
-        protected = slots.visual - tokens
-        return WorkingSet(self.layer, self._kept(tokens, self.p), protected, self.threshold, slots)
+        kept, protected = self._kept(tokens, self.p), slots.visual - tokens
+        if self.parked == "drop":
+            return OneShot(self.layer, kept, protected, slots)
+        return WorkingSet(self.layer, kept, protected, self.threshold, slots)
 
     def _kept(self, count: int, dropped: float) -> int:
         if self.mode == "official":

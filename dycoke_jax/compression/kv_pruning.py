@@ -11,6 +11,8 @@ where the attention has changed:
     parked                   visual                                       layers >= layer, as it was
     working set     chosen | prefix | question | generated                layers >= layer, attended
 
+``OneShot`` is the working set without the parked part: chosen once, the rest is dropped.
+
 ``MaskedCache`` keeps every layer's slots as they are and hides what is not chosen. It moves more
 bytes, but can show everything again at any step, as the published code does (mode official).
 """
@@ -43,8 +45,7 @@ class WorkingSetState:
 
     def seen(self) -> Bool[Array, "B V"]:
         """See ``protocol.PrunedCache``."""
-        rows = jnp.arange(self.chosen.shape[0])[:, None]
-        return jnp.zeros(self.is_visual.shape, bool).at[rows, self.chosen].set(True)
+        return _mark(self.chosen, self.is_visual.shape)
 
 
 @dataclass(frozen=True)
@@ -70,27 +71,25 @@ class WorkingSet:
     slots: Slots
 
     def start(
-        self, caches: list[KV], valid: Bool[Array, "B S"], is_visual: Bool[Array, "B V"]
+        self,
+        caches: list[KV],
+        valid: Bool[Array, "B S"],
+        is_visual: Bool[Array, "B V"],
+        scores: Float[Array, "B V"],
     ) -> WorkingSetState:
         """Parks the visual slots and makes working sets whose chosen part is still empty."""
-        batch, chosen = valid.shape[0], self.kept + self.protected
-        visual = self.slots.visual_range
-
-        def compact(x: Array, axis: int) -> Array:
-            before, _, after = jnp.split(x, [visual.start, visual.stop], axis=axis)
-            empty = list(x.shape)
-            empty[axis] = chosen
-            return jnp.concatenate([jnp.zeros(empty, x.dtype), before, after], axis=axis)
-
+        batch, visual = valid.shape[0], self.slots.visual_range
+        chosen = jnp.zeros((batch, self.kept + self.protected), jnp.int32)
+        working, shown = _compact(caches, valid, chosen, jnp.zeros(chosen.shape, bool), visual)
         return WorkingSetState(
-            caches=[KV(*(compact(x, 2) for x in cache)) for cache in caches],
-            valid=compact(valid, 1),
+            caches=working,
+            valid=shown,
             attended=jnp.zeros(batch, jnp.int32),
             refreshed=jnp.zeros(batch, bool),
             parked=[KV(*(x[:, :, visual] for x in cache)) for cache in caches],
             parked_valid=valid[:, visual],
             is_visual=is_visual,
-            chosen=jnp.zeros((batch, chosen), jnp.int32),
+            chosen=chosen,
             scores=jnp.zeros(is_visual.shape, jnp.float32),
         )
 
@@ -106,9 +105,8 @@ class WorkingSet:
         # Before the first step all scores are zero, and so is the similarity: it always chooses.
         # Written so that scores that are no numbers choose too, instead of never.
         refreshed = ~(_similarity(scores, state.scores) >= self.threshold) & active
-        ranked = jnp.where(state.is_visual, scores, jnp.inf)
-        _, best = jax.lax.top_k(ranked, self.kept + self.protected)
-        chosen = jnp.where(refreshed[:, None], best.astype(jnp.int32), state.chosen)
+        best = _best(scores, state.is_visual, self.kept + self.protected)
+        chosen = jnp.where(refreshed[:, None], best, state.chosen)
 
         def refill(working: list[KV]) -> list[KV]:
             # Rows that were not refreshed get what they have: their chosen set is the old one.
@@ -130,6 +128,75 @@ class WorkingSet:
             chosen=chosen,
             scores=scores,
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OneShotState:
+    """State of ``OneShot``; see ``protocol.PrunedCache``."""
+
+    caches: list[KV]
+    valid: Bool[Array, "B S"]
+    attended: Int[Array, "B"]
+    refreshed: Bool[Array, "B"]
+    is_visual: Bool[Array, "B V"]
+    chosen: Int[Array, "B R"]
+
+    def seen(self) -> Bool[Array, "B V"]:
+        """See ``protocol.PrunedCache``."""
+        return _mark(self.chosen, self.is_visual.shape)
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """Pruning for good: what is not chosen is dropped before the first step and frees its memory.
+
+    The prompt's last token chooses. This is not dynamic: what a later token would have looked at
+    cannot return.
+
+    Attributes:
+        layer: first layer that attends to what was chosen.
+        kept: visual tokens to choose.
+        protected: visual slots that are no candidates (newlines).
+        slots: the layout of the full cache.
+    """
+
+    layer: int
+    kept: int
+    protected: int
+    slots: Slots
+
+    def start(
+        self,
+        caches: list[KV],
+        valid: Bool[Array, "B S"],
+        is_visual: Bool[Array, "B V"],
+        scores: Float[Array, "B V"],
+    ) -> OneShotState:
+        """Chooses, and keeps nothing else of the visual slots."""
+        visual = self.slots.visual_range
+        chosen = _best(scores, is_visual, self.kept + self.protected)
+        chosen_valid = jnp.take_along_axis(valid[:, visual], chosen, axis=1)
+        working, shown = _compact(caches, valid, chosen, chosen_valid, visual)
+        attended = jnp.take_along_axis(is_visual, chosen, axis=1) & chosen_valid
+        return OneShotState(
+            caches=working,
+            valid=shown,
+            attended=attended.sum(1, dtype=jnp.int32),
+            refreshed=jnp.zeros(valid.shape[0], bool),
+            is_visual=is_visual,
+            chosen=chosen,
+        )
+
+    def update(
+        self,
+        state: OneShotState,
+        scores: Float[Array, "B V"],
+        step: Int[Array, ""],
+        active: Bool[Array, "B"],
+    ) -> OneShotState:
+        """Shows the current token."""
+        return replace(state, valid=_show(state.valid, self.slots.generated, step))
 
 
 @jax.tree_util.register_dataclass
@@ -169,7 +236,11 @@ class MaskedCache:
     slots: Slots
 
     def start(
-        self, caches: list[KV], valid: Bool[Array, "B S"], is_visual: Bool[Array, "B V"]
+        self,
+        caches: list[KV],
+        valid: Bool[Array, "B S"],
+        is_visual: Bool[Array, "B V"],
+        scores: Float[Array, "B V"],
     ) -> MaskedCacheState:
         """Nothing is hidden yet."""
         batch = valid.shape[0]
@@ -226,6 +297,36 @@ def _similarity(a: Float[Array, "B V"], b: Float[Array, "B V"]) -> Float[Array, 
     a, b = (x / jnp.maximum(x.max(1, keepdims=True), tiny) for x in (a, b))
     norms = jnp.sqrt((a * a).sum(1)) * jnp.sqrt((b * b).sum(1))
     return (a * b).sum(1) / jnp.maximum(norms, tiny)
+
+
+def _best(
+    scores: Float[Array, "B V"], is_visual: Bool[Array, "B V"], count: int
+) -> Int[Array, "B R"]:
+    """The slots of all newlines and of the visual tokens with the highest scores."""
+    return jax.lax.top_k(jnp.where(is_visual, scores, jnp.inf), count)[1].astype(jnp.int32)
+
+
+def _compact(
+    caches: list[KV],
+    valid: Bool[Array, "B S"],
+    chosen: Int[Array, "B R"],
+    chosen_valid: Bool[Array, "B R"],
+    visual: slice,
+) -> tuple[list[KV], Bool[Array, "B W"]]:
+    """Working sets: the chosen visual slots, then all others; and which of them may be seen."""
+
+    def compact(x: Float[Array, "B J S E"]) -> Array:
+        before, of_visual, after = jnp.split(x, [visual.start, visual.stop], axis=2)
+        return jnp.concatenate([_take(of_visual, chosen), before, after], axis=2)
+
+    shown = [chosen_valid, valid[:, : visual.start], valid[:, visual.stop :]]
+    working = [KV(*(compact(x) for x in cache)) for cache in caches]
+    return working, jnp.concatenate(shown, axis=1)
+
+
+def _mark(chosen: Int[Array, "B R"], shape: tuple[int, ...]) -> Bool[Array, "B V"]:
+    rows = jnp.arange(shape[0])[:, None]
+    return jnp.zeros(shape, bool).at[rows, chosen].set(True)
 
 
 def _take(x: Float[Array, "B J V E"], chosen: Int[Array, "B R"]) -> Float[Array, "B J R E"]:

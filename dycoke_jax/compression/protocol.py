@@ -74,7 +74,11 @@ class DecodePruning(Protocol):
         """The first layer that attends to a reduced set; the one before it gives the scores."""
 
     def start(
-        self, caches: list[KV], valid: Bool[Array, "B S"], is_visual: Bool[Array, "B V"]
+        self,
+        caches: list[KV],
+        valid: Bool[Array, "B S"],
+        is_visual: Bool[Array, "B V"],
+        scores: Float[Array, "B V"],
     ) -> Any:
         """The state before the first step.
 
@@ -82,6 +86,8 @@ class DecodePruning(Protocol):
             caches: keys and values of the layers from ``layer`` on, over all slots.
             valid: which slots hold a token.
             is_visual: which visual slots hold visual tokens, not newlines.
+            scores: attention of the prompt's last token to each visual slot, mean over heads,
+                float32.
         """
 
     def update(

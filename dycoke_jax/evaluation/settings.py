@@ -5,23 +5,24 @@ from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.evaluation.baselines import RandomTokens, WholeFrames
 
 FULL = "full"
-DEFAULT = "paper K=.7 P=.7 L=3"
+DEFAULT = "paper K=0.7 P=0.7 L=3"
 
 HEADLINES: dict[str, Compressor | None] = {
     FULL: None,
     DEFAULT: DyCoke(),
-    "random tokens K=.7": RandomTokens(0.7),
-    "whole frames K=.7": WholeFrames(0.7),
+    "random tokens K=0.7": RandomTokens(0.7),
+    "whole frames K=0.7": WholeFrames(0.7),
 }
 """The plain model, DyCoke as it is by default, and as many tokens dropped blindly."""
 
 SWEEPS: dict[str, Compressor | None] = {
-    **{f"paper K={k} P=.7": DyCoke(k=k) for k in (0.3, 0.5, 0.9)},
-    **{f"official K={k} P=.7": DyCoke(k=k, mode="official") for k in (0.3, 0.5, 0.7, 0.9)},
-    **{f"paper K=.7 P={p}": DyCoke(p=p) for p in (0.5, 0.9)},
-    **{f"paper K=.7 P=.7 L={layer}": DyCoke(layer=layer) for layer in (1, 2, 4, 5)},
+    **{f"paper K={k} P=0.7 L=3": DyCoke(k=k) for k in (0.3, 0.5, 0.9)},
+    **{f"official K={k} P=0.7": DyCoke(k=k, mode="official") for k in (0.3, 0.5, 0.7, 0.9)},
+    **{f"paper K=0.7 P={p} L=3": DyCoke(p=p) for p in (0.5, 0.9)},
+    **{f"paper K=0.7 P=0.7 L={layer}": DyCoke(layer=layer) for layer in (1, 2, 4, 5)},
     **{f"stage 1 only K={k}": DyCoke(k=k, p=0.0) for k in (0.3, 0.5, 0.7, 0.9)},
     **{f"stage 2 only P={p}": DyCoke(k=0.0, p=p) for p in (0.5, 0.7, 0.9)},
+    **{f"paper drop K=0.7 P={p} L=3": DyCoke(p=p, parked="drop") for p in (0.5, 0.7, 0.9)},
     **{f"random tokens K={k}": RandomTokens(k) for k in (0.3, 0.5, 0.9)},
     **{f"whole frames K={k}": WholeFrames(k) for k in (0.3, 0.5, 0.9)},
 }

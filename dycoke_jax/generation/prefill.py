@@ -1,6 +1,7 @@
 """Reads the prompts: merges visual tokens, fills the key/value caches, gives the first token."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,24 +51,50 @@ def prefill(
         kept = None if compression is None else compression.merge(features)
         newline = model.image_newline[...]
         visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
-    x, caches, valid = read_prompt(model, visual, text)
-    last = x.shape[1] - text.question.shape[1] + text.question_length - 1
-    logits = model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
-    state = start(caches, valid, visual, kept, limits, pruning, generated)
+    read = read_prompt(model, visual, text)
+    last = read.valid.shape[1] - text.question.shape[1] + text.question_length - 1
+    logits = model.logits(jnp.take_along_axis(read.states, last[:, None, None], axis=1)[:, 0])
+    scores = None
+    if pruning is not None:
+        attended = last_attention(model, read, pruning.layer - 1, last)
+        first = text.prefix.shape[1]
+        scores = attended[:, :, first : first + visual.valid.shape[1]].mean(1)
+    state = start(read.caches, read.valid, visual, kept, scores, limits, pruning, generated)
     return take_token(state, sample(logits, sampling, jnp.int32(0)), limits)
 
 
-def read_prompt(
-    model: Llava, visual: Visual, text: TextIds
-) -> tuple[Float[Array, "B T D"], list[KV], Bool[Array, "B T"]]:
-    """The normed state of every prompt slot, each layer's keys and values, and the valid slots."""
+class PromptRead(NamedTuple):
+    """What reading a prompt left behind."""
+
+    states: Float[Array, "B T D"]
+    """After the final norm."""
+    caches: list[KV]
+    valid: Bool[Array, "B T"]
+    """Which slots hold a token."""
+    inputs: list[Float[Array, "B T D"]]
+    """Of each layer; the compiler drops what nobody reads."""
+
+
+def read_prompt(model: Llava, visual: Visual, text: TextIds) -> PromptRead:
+    """Runs the language model over all prompt slots."""
     embed = model.language_model.embed_tokens
     prefix, question = embed(text.prefix), embed(text.question)
     x = jnp.concatenate([prefix, visual.embeds.astype(prefix.dtype), question], axis=1)
     prefix_valid, question_valid = text_valid(text)
     valid = jnp.concatenate([prefix_valid, visual.valid, question_valid], axis=1)
-    x, caches = model.language_model.prefill(x, positions_of(valid), valid)
-    return x, caches, valid
+    x, caches, inputs = model.language_model.prefill(x, positions_of(valid), valid)
+    return PromptRead(x, caches, valid, inputs)
+
+
+def last_attention(
+    model: Llava, read: PromptRead, layer: int, last: Int[Array, "B"]
+) -> Float[Array, "B H T"]:
+    """What the last token of each prompt attends to in a layer."""
+    language = model.language_model
+    position = jnp.take_along_axis(positions_of(read.valid), last[:, None], axis=1)
+    x = jnp.take_along_axis(read.inputs[layer], last[:, None, None], axis=1)
+    rope = language.rope(position)
+    return language.layers[layer].attention_of(x, rope, read.caches[layer], read.valid)
 
 
 def start(
@@ -75,6 +102,7 @@ def start(
     valid: Bool[Array, "B T"],
     visual: Visual,
     kept: Int[Array, "B M"] | None,
+    scores: Float[Array, "B V"] | None,
     limits: Limits,
     pruning: DecodePruning | None,
     generated: int,
@@ -89,7 +117,8 @@ def start(
     valid = jnp.pad(valid, ((0, 0), (0, generated)))
     pruned = None
     if pruning is not None:
-        pruned = pruning.start(caches[pruning.layer :], valid, visual.is_visual)
+        assert scores is not None
+        pruned = pruning.start(caches[pruning.layer :], valid, visual.is_visual, scores)
         caches = caches[: pruning.layer]
     return DecodeState(
         step=jnp.int32(0),

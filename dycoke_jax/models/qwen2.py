@@ -37,7 +37,7 @@ class Qwen2(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
-    ) -> tuple[Float[Array, "B T D"], list[KV]]:
+    ) -> tuple[Float[Array, "B T D"], list[KV], list[Float[Array, "B T D"]]]:
         """Runs a whole prompt.
 
         Args:
@@ -46,15 +46,17 @@ class Qwen2(nnx.Module):
             valid: which slots hold a token; the others are never attended to.
 
         Returns:
-            The state after the final norm, and each layer's keys and values.
+            The state after the final norm, each layer's keys and values, and each layer's input
+            (which the compiler drops where nobody reads it).
         """
         rope = self.rope(positions)
-        caches = []
+        caches, inputs = [], []
         for index, layer in enumerate(self.layers):
+            inputs.append(x)
             with jax.named_scope(f"layer_{index}"):
                 x, cache = layer.prefill(x, rope, valid)
             caches.append(cache)
-        return self.norm(x), caches
+        return self.norm(x), caches, inputs
 
 
 class Embedding(nnx.Module):
@@ -107,6 +109,13 @@ class Qwen2Layer(nnx.Module):
         out, weights = decode_attention(q, cache.keys, cache.values, valid)
         x = x + self.self_attn.merge(out)
         return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
+
+    def attention_of(
+        self, x: Float[Array, "B 1 D"], rope: Rope, cache: KV, valid: Bool[Array, "B S"]
+    ) -> Float[Array, "B H S"]:
+        """Attention weights of one token a row, whose key is in the cache already, in float32."""
+        q, _, _ = self.self_attn.project(self.input_layernorm(x), rope)
+        return decode_attention(q, cache.keys, cache.values, valid)[1]
 
 
 class Qwen2Attention(nnx.Module):

@@ -40,18 +40,15 @@ SIZES = LlavaConfig(
 )
 """1.3 million weights: 16 visual tokens a frame, 256 for a clip of 16 frames."""
 
-# After the lessons of the eyes: questions about pictures, clips of few things, and the whole task,
-# from there on with gaps among the visual tokens as well. Most tokens of the whole task's answers
-# are those of its long ones, so what moves where and ends where is practised in between.
+# After the lessons of the eyes: questions about pictures, short questions about every thing of a
+# clip, and the whole task. Most tokens of the whole task's answers are those of its long ones, so
+# what the short ones need is practised first.
 _GAPS = ThinningMix(merged=0.3, random=0.3, k=0.7)
+_CLIPS = BatchShape(rows=2, accumulate=8, width=224)
 STAGES = (
     Stage(300, SceneSettings(1, 1, 4), BatchShape(rows=32, accumulate=1, width=120)),
-    Stage(200, SceneSettings(16, 1, 3), BatchShape(rows=2, accumulate=8, width=224)),
-    Stage(1400, SceneSettings(16, 2, 5), BatchShape(rows=2, accumulate=8, width=224), _GAPS),
-    Stage(
-        400, SceneSettings(16, 1, 5), BatchShape(rows=2, accumulate=8, width=224), _GAPS, drill=True
-    ),
-    Stage(1200, SceneSettings(16, 2, 5), BatchShape(rows=2, accumulate=8, width=224), _GAPS),
+    Stage(600, SceneSettings(16, 1, 5), _CLIPS, drill=True),
+    Stage(1600, SceneSettings(16, 2, 5), _CLIPS, _GAPS),
 )
 OPTIMISATION = Optimisation(
     steps=sum(stage.steps for stage in STAGES), learning_rate=2e-3, warm_up=100

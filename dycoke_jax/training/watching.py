@@ -35,7 +35,9 @@ from dycoke_jax.training.lessons import teach
 STEPS = 1500
 _CLIPS = 16
 _RATE = 2e-3
-_FACTS = ("colour", "shape", "first way", "second way", "order", "met", "gone")
+_MOVED_WEIGHT = 4.0
+"""Of a direction in the loss: what is hardest to learn is also rare."""
+_FACTS = ("row", "column", "colour", "shape", "first way", "second way", "order", "met", "gone")
 _VALUES = 1 + max(len(COLOURS), len(SHAPES))
 _WAYS = {(0, -1): 1, (0, 1): 2, (-1, 0): 3, (1, 0): 4}
 """Directions by the signs of their rows and columns."""
@@ -102,10 +104,12 @@ def facts_of(scene: Scene) -> Facts:
     """What can be told at each place of each frame from it and the frames before.
 
     Returns:
-        For each of colour, shape, first and second direction, order of appearance and colour met,
-        and colour of the brief thing that is gone: a number from 1, or 0 for none.
+        For each of row, column, colour, shape, first and second direction, order of appearance,
+        colour met, and colour of the brief thing that is gone: a number from 1, or 0 for none.
     """
     facts = np.zeros((scene.frames, GRID, GRID, len(_FACTS)), np.int32)
+    facts[..., 0] = np.arange(1, GRID + 1)[:, None]
+    facts[..., 1] = np.arange(1, GRID + 1)
     for order, thing in enumerate(scene.things, start=1):
         named = COLOURS.index(thing.colour) + 1, SHAPES.index(thing.shape) + 1
         for since, cell in enumerate(thing.cells):
@@ -113,7 +117,7 @@ def facts_of(scene: Scene) -> Facts:
             met = COLOURS.index(thing.meets) + 1 if thing.meets and cell == thing.cells[-1] else 0
             # Half-way between two cells a thing lies on both; the later one lies on top.
             rows, columns = (slice(int(np.floor(value)), int(np.ceil(value)) + 1) for value in cell)
-            facts[thing.appears + since, rows, columns, :6] = (*named, *ways, order, met)
+            facts[thing.appears + since, rows, columns, 2:8] = (*named, *ways, order, met)
         if thing.is_brief:
             row, column = map(int, thing.cells[0])
             after = thing.appears + len(thing.cells)
@@ -132,10 +136,12 @@ def _ways(thing: Thing, since: int) -> tuple[int, int]:
 
 
 def _weights(facts: Int[np.ndarray, "B F N facts"]) -> Float[np.ndarray, "B F N facts"]:
-    """Full weight where a thing is or was; elsewhere little, for there being none."""
+    """Full weight where a thing is or was, more where it has moved; little where nothing is."""
     weights = np.zeros(facts.shape, np.float32)
     colour, gone = _FACTS.index("colour"), _FACTS.index("gone")
     weights[..., [colour, gone]] = EMPTY_WEIGHT
     weights[..., :gone][facts[..., colour] > 0] = 1.0
     weights[..., gone][facts[..., gone] > 0] = 1.0
+    for way in (_FACTS.index("first way"), _FACTS.index("second way")):
+        weights[..., way][facts[..., way] > 0] = _MOVED_WEIGHT
     return weights

@@ -1,0 +1,101 @@
+"""Results of an evaluation: as a file that grows, a table and a plot."""
+
+import json
+from io import StringIO
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from test_cli import run_main
+
+from dycoke_jax import DycokeError
+from dycoke_jax.evaluation import report
+from dycoke_jax.evaluation.accuracy import Result
+from dycoke_jax.evaluation.questions import KINDS
+from dycoke_jax.evaluation.settings import HEADLINES, SWEEPS
+
+DESCRIBED = {"model": "abc", "clips": 2}
+BLIND = dict.fromkeys(KINDS, 0.25)
+
+
+def result(name, right, merged=112.0):
+    made = Result(name, visual=256.0, merged=merged, attended=33.5)
+    for kind in KINDS:
+        made.kinds[kind].right, made.kinds[kind].asked = right, 40
+    return made
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "results.json"
+    assert report.read(path, DESCRIBED) == {}
+    results = {"full": result("full", 39), "other": result("other", 20)}
+    report.write(path, DESCRIBED, results, BLIND)
+    assert report.read(path, DESCRIBED) == results
+    saved = json.loads(path.read_text())["settings"]["other"]
+    assert saved["all"]["accuracy"] == 0.5
+    low, high = saved["all"]["interval"]
+    assert low < 0.5 < high
+
+
+def test_results_of_something_else_are_not_mixed_in(tmp_path):
+    path = tmp_path / "results.json"
+    report.write(path, DESCRIBED, {}, BLIND)
+    with pytest.raises(DycokeError, match=r"another evaluation \(clips\); name another file"):
+        report.read(path, DESCRIBED | {"clips": 3})
+    path.write_text("[1, 2]")
+    with pytest.raises(DycokeError, match="holds no results of an evaluation"):
+        report.read(path, DESCRIBED)
+
+
+def test_table_says_what_is_lost_and_what_guessing_gives():
+    console = Console(width=report.WIDTH, record=True, file=StringIO())
+    console.print(report.table([result("full", 38), result("paper", 30)], BLIND))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    full = next(words for words in lines if "full" in words)
+    paper = next(words for words in lines if "paper" in words)
+    blind = next(words for words in lines if "blind" in words)
+    assert "95.0" in full
+    assert "75.0" in paper
+    assert "20.0" in paper, "points lost"
+    assert "25.0" in blind
+
+
+def test_settings_of_a_family_differ_in_numbers_only():
+    families = {report.family(name) for name in HEADLINES | SWEEPS}
+    assert families == {
+        "full",
+        "paper",
+        "paper drop",
+        "official",
+        "stage 1 only",
+        "stage 2 only",
+        "random tokens",
+        "whole frames",
+    }
+
+
+def test_plot_is_a_picture(tmp_path):
+    results = [result("full", 38, 256), result("paper K=0.5", 37), result("paper K=0.7", 36, 90)]
+    report.plot(results, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width > 500
+
+
+def test_evaluation_goes_on_where_it_was(tmp_path):
+    """A second call with more settings runs the new ones only."""
+    model, results = tmp_path / "model", tmp_path / "results.json"
+    assert run_main("init", model)[0] == 0
+    ask = ("eval", results, "--model", model, "--clips", 1, "--frames", 8)
+    code, out, _ = run_main(*ask)
+    assert code == 0
+    assert all(name in out for name in HEADLINES)
+    saved = json.loads(results.read_text())
+    # Marked, so that it shows whether this one is computed anew.
+    saved["settings"]["full"]["merged"] = 12345.0
+    results.write_text(json.dumps(saved))
+    code, out, _ = run_main(*ask, "--json")
+    assert code == 0
+    assert json.loads(out)["settings"]["full"]["merged"] == 12345.0
+    code, _, err = run_main(*ask[:-4], "--clips", 2, "--frames", 8)
+    assert code == 2
+    assert "another evaluation (clips)" in err
