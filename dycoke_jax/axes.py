@@ -13,6 +13,7 @@ V      visual slots of a prompt: the M tokens and the newline slots among or aft
 R      visual slots that an attended working set holds after KV pruning
 T      slots of a prompt: prefix, visual, question
 S      slots of a key/value cache: the prompt and the generated tokens
+W      slots of a working set: the R chosen ones and all that are not visual
 G      slots for generated tokens
 D      width of a residual stream (vision or language, as the context says)
 H      query heads

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import paper_merge
+from reference import cosine, paper_merge
 
 from dycoke_jax import DyCoke
+from dycoke_jax.compression.ttm import similarity_map
 
 ONE_CLIP_CASES = range(9)
 
@@ -48,6 +49,18 @@ def test_paper_equals_the_text_of_the_paper(frames, tokens, batch, k, seed):
     index = merged(features, k=k)
     for row in range(batch):
         np.testing.assert_array_equal(index[row], paper_merge(features[row], k))
+
+
+def test_similarity_map_is_what_merging_decides_by():
+    features = clip(3, 7, 5, batch=1)
+    alike = np.asarray(similarity_map(jnp.asarray(features)))[0]
+    others = {1: 0, 2: 0, 3: 2, 5: 4, 6: 4}
+    assert np.flatnonzero(np.isnan(alike).all(1)).tolist() == [0, 4]
+    for frame, other in others.items():
+        wanted = [
+            cosine(*pair) for pair in zip(features[0, frame], features[0, other], strict=True)
+        ]
+        np.testing.assert_allclose(alike[frame], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(

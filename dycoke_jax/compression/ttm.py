@@ -36,10 +36,7 @@ def merge(
     reference = _references(frames, official)
     last = frames - frames % 2 if official else frames
     whole = np.array([f for f in range(last) if f not in reference], np.int32)
-    compared = np.array(sorted(reference), np.int32)
-    others = np.array([reference[f] for f in sorted(reference)], np.int32)
-
-    similarity = _cosine(features[:, compared], features[:, others])
+    compared, similarity = _compare(features, reference)
     _, places = jax.lax.top_k(-similarity, kept)
     if not official:
         places = jnp.sort(places, axis=-1)
@@ -56,6 +53,28 @@ def merge(
     )
     frame_of = np.concatenate([np.repeat(whole, tokens), np.repeat(compared, kept)])
     return candidates[:, np.argsort(frame_of, kind="stable")]
+
+
+def similarity_map(
+    features: Float[Array, "B F N D"], *, official: bool = False
+) -> Float[Array, "B F N"]:
+    """How similar each token is to the one it is compared with: what ``merge`` decides by.
+
+    Returns:
+        Cosine similarity in float32; NaN in frames that are compared with none.
+    """
+    batch, frames, tokens, _ = features.shape
+    compared, similarity = _compare(features, _references(frames, official))
+    return jnp.full((batch, frames, tokens), jnp.nan).at[:, compared].set(similarity)
+
+
+def _compare(
+    features: Float[Array, "B F N D"], reference: dict[int, int]
+) -> tuple[Int[np.ndarray, "C"], Float[Array, "B C N"]]:
+    """The compared frames in order, and the similarity of each of their tokens."""
+    compared = np.array(sorted(reference), np.int32)
+    others = np.array([reference[f] for f in sorted(reference)], np.int32)
+    return compared, _cosine(features[:, compared], features[:, others])
 
 
 def _references(frames: int, official: bool) -> dict[int, int]:
