@@ -120,6 +120,11 @@ def test_the_command_fine_tunes_a_checkpoint_that_can_be_asked(clips, tmp_path):
     shutil.rmtree(run)
 
 
-def test_the_command_wants_a_model_or_the_recipe(tmp_path):
-    with pytest.raises(DycokeError, match="either --model"):
-        CliRunner().invoke(app, ["train", str(tmp_path / "run")], catch_exceptions=False)
+def test_clips_of_a_step_need_equally_many_frames(tmp_path, tokenizer):
+    for name, frames in (("long", 6), ("short", 2)):
+        write_clip(tmp_path / f"{name}.mp4", frames)
+    records = tuple(Record(tmp_path / f"{name}.mp4", "?", "yes") for name in ("long", "short"))
+    shape = BatchShape(rows=2, accumulate=1, width=120)
+    made = RecordSource(records, tokenizer, 98, FrameSampling(4, fps=100.0), shape)
+    with pytest.raises(DycokeError, match=r"\.mp4 gives \d frames and .*\.mp4 \d; clips of a step"):
+        made.batch(0)

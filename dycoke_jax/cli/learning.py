@@ -13,18 +13,13 @@ from dycoke_jax.errors import ConfigError
 
 
 @app.command(
-    epilog="Examples: `dycoke-jax train run --model ov-0.5b --data records.jsonl --steps 1000`; "
-    "`dycoke-jax train tiny --from-scratch`"
+    epilog="Example: `dycoke-jax train run --model ov-0.5b --data records.jsonl --steps 1000`"
 )
 def train(
     folder: Annotated[
         Path, typer.Argument(help="Of the run; one that was cut off goes on where it was.")
     ],
-    model: Annotated[str | None, typer.Option(help="Checkpoint to start from.")] = None,
-    from_scratch: Annotated[
-        bool,
-        typer.Option("--from-scratch", help="Make the package's own tiny model anew (2 hours)."),
-    ] = False,
+    model: Annotated[str, typer.Option(help="Checkpoint to start from: folder or hub id.")],
     data: Annotated[
         Path | None,
         typer.Option(
@@ -73,38 +68,52 @@ def train(
     from dycoke_jax.training.sources import BatchShape, ThinningMix
     from dycoke_jax.training.step import Optimisation
 
-    if from_scratch == (model is not None):
-        raise ConfigError("give either --model, to fine-tune it, or --from-scratch")
-    if from_scratch and data is not None:
-        raise ConfigError("--from-scratch is the recipe on the built-in task; --data needs --model")
     intervals = Intervals(log_every, evaluate_every, save_every)
     with bars() as bar:
-        show = training_steps(bar)
-        if model is None:
-            trained = command.from_scratch(folder, intervals, seed, show)
-        else:
-            what = command.FineTuning(
-                model=model,
-                data=data,
-                test_data=test_data,
-                sampling=FrameSampling(frames, fps),
-                shape=BatchShape(rows, accumulate, width),
-                thinning=ThinningMix(merged, random, k),
-                optimisation=Optimisation(
-                    steps=steps,
-                    learning_rate=learning_rate,
-                    language=language,
-                    projector=projector,
-                    tower=tower,
-                    warm_up=warm_up,
-                    weight_decay=weight_decay,
-                    clip=clip,
-                    dtype=dtype,
-                    rematerialise=rematerialise,
-                ),
-                seed=seed,
-            )
-            trained = command.fine_tune(folder, what, intervals, show)
+        what = command.FineTuning(
+            model=model,
+            data=data,
+            test_data=test_data,
+            sampling=FrameSampling(frames, fps),
+            shape=BatchShape(rows, accumulate, width),
+            thinning=ThinningMix(merged, random, k),
+            optimisation=Optimisation(
+                steps=steps,
+                learning_rate=learning_rate,
+                language=language,
+                projector=projector,
+                tower=tower,
+                warm_up=warm_up,
+                weight_decay=weight_decay,
+                clip=clip,
+                dtype=dtype,
+                rematerialise=rematerialise,
+            ),
+            seed=seed,
+        )
+        trained = command.fine_tune(folder, what, intervals, training_steps(bar))
+    say(f"wrote {trained}")
+
+
+@app.command(
+    "train-tiny", epilog="Example: `dycoke-jax train-tiny tiny-run`; two hours on two CPU cores."
+)
+def train_tiny(
+    folder: Annotated[
+        Path, typer.Argument(help="Of the run; one that was cut off goes on where it was.")
+    ],
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    log_every: Annotated[int, typer.Option(help="Steps.")] = 10,
+    evaluate_every: Annotated[int, typer.Option(help="Steps.")] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps.")] = 50,
+) -> None:
+    """Make the package's own tiny model anew, from random weights."""
+    from dycoke_jax.training import command
+    from dycoke_jax.training.run import Intervals
+
+    intervals = Intervals(log_every, evaluate_every, save_every)
+    with bars() as bar:
+        trained = command.from_scratch(folder, intervals, seed, training_steps(bar), counts(bar))
     say(f"wrote {trained}")
 
 

@@ -19,7 +19,7 @@ from dycoke_jax.evaluation.pictures import draw
 from dycoke_jax.evaluation.scenes import GRID, SceneSettings, draw_scene
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.models.llava import Params, bind
-from dycoke_jax.training.lessons import teach
+from dycoke_jax.training.lessons import Progress, teach
 
 STEPS = 500
 EMPTY_WEIGHT = 0.2
@@ -31,13 +31,20 @@ _Words = Int[np.ndarray, "N words"]
 _Shown = Bool[np.ndarray, "N"]
 
 
-def align(config: LlavaConfig, params: Params, tokenizer: Tokenizer, steps: int = STEPS) -> Params:
+def align(
+    config: LlavaConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    progress: Progress | None = None,
+    steps: int = STEPS,
+) -> Params:
     """Teaches single pictures to untrained weights.
 
     Args:
         config: a model whose frames have one visual token for each cell of a scene's grid.
         params: float32 weights.
         tokenizer: one with single tokens for the names of shapes and colours.
+        progress: told after each step.
         steps: of training, each on fresh pictures.
 
     Returns:
@@ -69,7 +76,8 @@ def align(config: LlavaConfig, params: Params, tokenizer: Tokenizer, steps: int 
         pictures = [_picture(config, tokenizer, seed) for seed in seeds]
         return tuple(map(np.stack, zip(*pictures, strict=True)))
 
-    return {**rest, **teach(seen, loss, batch, steps, _RATE)}
+    told = (lambda done: progress("naming pictures", done, steps)) if progress else None
+    return {**rest, **teach(seen, loss, batch, steps, _RATE, told)}
 
 
 def _picture(

@@ -22,10 +22,11 @@ from dycoke_jax.inputs.video import FrameSampling, read_clip
 from dycoke_jax.models.llava import Params
 from dycoke_jax.training import tiny
 from dycoke_jax.training.batches import Example, pack
+from dycoke_jax.training.lessons import Progress as Lessons
 from dycoke_jax.training.loss import Thinning
 from dycoke_jax.training.records import RecordSource, read_records
 from dycoke_jax.training.run import Intervals, Progress, train
-from dycoke_jax.training.scoring import HeldOut, accuracy
+from dycoke_jax.training.scoring import HeldOut, accuracy, task_held_out
 from dycoke_jax.training.sources import BatchShape, Source, Stage, TaskSource, ThinningMix
 from dycoke_jax.training.step import Optimisation
 
@@ -80,7 +81,7 @@ def fine_tune(
         scenes = SceneSettings(what.sampling.frames)
         stage = Stage(what.optimisation.steps, scenes, what.shape, what.thinning)
         source: Source = TaskSource(tokenizer, size, (stage,), what.seed)
-        held_out = tiny.held_out(tokenizer, size, what.sampling.frames)
+        held_out = task_held_out(tokenizer, size, what.sampling.frames)
     else:
         records = tuple(read_records(what.data))
         source = RecordSource(
@@ -115,9 +116,20 @@ def fine_tune(
 
 
 def from_scratch(
-    folder: Path, intervals: Intervals, seed: int = 0, progress: Progress | None = None
+    folder: Path,
+    intervals: Intervals,
+    seed: int = 0,
+    progress: Progress | None = None,
+    lessons: Lessons | None = None,
 ) -> Path:
     """The recipe of the checkpoint that ships with the package; see ``training.tiny``.
+
+    Args:
+        folder: of the run.
+        intervals: see there.
+        seed: of everything random.
+        progress: told after each step.
+        lessons: told of the lessons before the first step.
 
     Returns:
         The folder of the trained model.
@@ -138,12 +150,12 @@ def from_scratch(
     return _run(
         folder,
         tiny.SIZES,
-        lambda: tiny.initial(tokenizer, seed),
+        lambda: tiny.initial(tokenizer, seed, lessons),
         tiny.source(tokenizer, seed),
         tiny.OPTIMISATION,
         described,
         seed,
-        tiny.held_out(tokenizer, tiny.SIZES.vision.image_size),
+        task_held_out(tokenizer, tiny.SIZES.vision.image_size),
         tiny.save_tokenizer,
         intervals,
         progress,

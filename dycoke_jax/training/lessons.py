@@ -12,9 +12,18 @@ from dycoke_jax.models.llava import Params
 
 Loss = Callable[..., Float[Array, ""]]
 Batches = Callable[[int], tuple]
+Progress = Callable[[str, int, int], None]
+"""Called with a lesson's name, its steps done, and its steps in all."""
 
 
-def teach(params: Params, loss: Loss, batch: Batches, steps: int, rate: float) -> Params:
+def teach(
+    params: Params,
+    loss: Loss,
+    batch: Batches,
+    steps: int,
+    rate: float,
+    progress: Callable[[int], None] | None = None,
+) -> Params:
     """Minimises a loss over weights.
 
     Args:
@@ -24,6 +33,7 @@ def teach(params: Params, loss: Loss, batch: Batches, steps: int, rate: float) -
         steps: of training.
         rate: the highest learning rate; it rises for a fifteenth of the steps and then falls to
             zero as a cosine does.
+        progress: told the number of steps done, after each.
 
     Returns:
         The weights after the last step.
@@ -45,4 +55,6 @@ def teach(params: Params, loss: Loss, batch: Batches, steps: int, rate: float) -
     moments = optimiser.init(params)
     for number in range(steps):
         params, moments = step(params, moments, batch(number))
+        if progress:
+            progress(number + 1)
     return params

@@ -112,18 +112,24 @@ class RecordSource:
             room[record.video] -= used
         return [row for of_clip in rows.values() for row in of_clip]
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps that see every record once, or a little more often."""
-        return -(-len(self.rows) // self.shape.examples)
-
     def batch(self, step: int) -> tuple[Batch, Thinning | None]:
-        """See ``Source``."""
+        """See ``Source``.
+
+        Raises:
+            RequestError: if clips of a step differ in their number of frames, as fps allows.
+            VideoError: if a clip is damaged.
+        """
         count, first = self.shape.examples, step * self.shape.examples
         chosen = [self._row(place) for place in range(first, first + count)]
-        return self.shape.pack(self.tokenizer, [self._example(row) for row in chosen]), (
-            self.thinning.choose(step, self.seed)
-        )
+        examples = [self._example(row) for row in chosen]
+        for row, example in zip(chosen, examples, strict=True):
+            if len(example.frames) != len(examples[0].frames):
+                raise RequestError(
+                    f"{row[0].video} gives {len(example.frames)} frames and {chosen[0][0].video} "
+                    f"{len(examples[0].frames)}; clips of a step need equally many: leave out "
+                    "fps, or train on one clip a step"
+                )
+        return self.shape.pack(self.tokenizer, examples), self.thinning.choose(step, self.seed)
 
     def _row(self, place: int) -> list[Record]:
         epoch, index = divmod(place, len(self.rows))

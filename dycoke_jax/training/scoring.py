@@ -14,9 +14,15 @@ import jax
 import numpy as np
 
 from dycoke_jax.config import LlavaConfig
+from dycoke_jax.evaluation.scenes import SceneSettings
+from dycoke_jax.evaluation.task import task_clip
+from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.models.llava import Params
-from dycoke_jax.training.batches import Batch
+from dycoke_jax.training.batches import Batch, pack
 from dycoke_jax.training.loss import Thinning, score_answers
+from dycoke_jax.training.sources import task_example
+
+_TASK_CLIPS = 64
 
 _score = partial(jax.jit, static_argnames=("config", "thinning", "dtype"))(score_answers)
 
@@ -26,6 +32,25 @@ class HeldOut(NamedTuple):
 
     batches: Sequence[Batch]
     kinds: Sequence[Sequence[Sequence[str]]]
+
+
+def task_held_out(tokenizer: Tokenizer, size: int, frames: int = 16) -> HeldOut:
+    """The first 64 clips of the built-in task's test split, with all their questions.
+
+    Args:
+        tokenizer: the model's.
+        size: pixels a side of its frames.
+        frames: of a clip.
+    """
+    scenes = SceneSettings(frames)
+    batches, kinds = [], []
+    for first in range(0, _TASK_CLIPS, 8):
+        numbers = range(first, first + 8)
+        examples = [task_example("test", number, scenes, size) for number in numbers]
+        batches.append(pack(tokenizer, examples, 256))
+        clips = [task_clip("test", number, scenes) for number in numbers]
+        kinds.append([[question.kind for question in clip.questions] for clip in clips])
+    return HeldOut(batches, kinds)
 
 
 def accuracy(

@@ -114,11 +114,6 @@ class TaskSource:
     stages: tuple[Stage, ...]
     seed: int = 0
 
-    @property
-    def steps(self) -> int:
-        """Of all stages."""
-        return sum(stage.steps for stage in self.stages)
-
     def batch(self, step: int) -> tuple[Batch, Thinning | None]:
         """See ``Source``."""
         first_clip, first_step = self.seed << 40, 0

@@ -10,9 +10,8 @@ from dycoke_jax.evaluation.task import task_clip
 from dycoke_jax.inputs.prompts import DEFAULT_SYSTEM, Tokenizer
 from dycoke_jax.models.llava import Params, random_params
 from dycoke_jax.training.alignment import align
-from dycoke_jax.training.batches import pack
-from dycoke_jax.training.scoring import HeldOut
-from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix, task_example
+from dycoke_jax.training.lessons import Progress
+from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix
 from dycoke_jax.training.step import Optimisation
 from dycoke_jax.training.watching import watch
 
@@ -53,7 +52,6 @@ STAGES = (
 OPTIMISATION = Optimisation(
     steps=sum(stage.steps for stage in STAGES), learning_rate=2e-3, warm_up=100
 )
-HELD_OUT_CLIPS = 64
 
 
 def source(tokenizer: Tokenizer, seed: int = 0) -> TaskSource:
@@ -61,28 +59,21 @@ def source(tokenizer: Tokenizer, seed: int = 0) -> TaskSource:
     return TaskSource(tokenizer, SIZES.vision.image_size, STAGES, seed)
 
 
-def held_out(tokenizer: Tokenizer, size: int, frames: int = 16) -> HeldOut:
-    """The first clips of the test split, in batches of eight, with all their questions."""
-    scenes = SceneSettings(frames)
-    batches, kinds = [], []
-    for first in range(0, HELD_OUT_CLIPS, 8):
-        numbers = range(first, first + 8)
-        examples = [task_example("test", number, scenes, size) for number in numbers]
-        batches.append(pack(tokenizer, examples, 256))
-        clips = [task_clip("test", number, scenes) for number in numbers]
-        kinds.append([[question.kind for question in clip.questions] for clip in clips])
-    return HeldOut(batches, kinds)
+def initial(tokenizer: Tokenizer, seed: int = 0, progress: Progress | None = None) -> Params:
+    """Weights to start from: random ones after the lessons of the eyes.
 
-
-def initial(tokenizer: Tokenizer, seed: int = 0) -> Params:
-    """Weights to start from: random ones after the lessons of the eyes."""
+    Args:
+        tokenizer: see ``save_tokenizer``.
+        seed: of the random weights.
+        progress: told of each lesson's steps.
+    """
     params = {}
     for path, weight in random_params(SIZES, seed).items():
         # Wider than large models begin: layers as narrow as these would learn slowly at first.
         is_matrix = weight.ndim > 1 and "embed" not in path
         scale = 0.7 * weight[0].size ** -0.5 / 0.02 if is_matrix else 1.0
         params[path] = weight * scale
-    return watch(SIZES, align(SIZES, params, tokenizer))
+    return watch(SIZES, align(SIZES, params, tokenizer, progress), progress)
 
 
 def save_tokenizer(folder: Path) -> None:

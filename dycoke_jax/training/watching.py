@@ -30,7 +30,7 @@ from dycoke_jax.generation.assemble import place_newlines
 from dycoke_jax.models.llava import Params, bind
 from dycoke_jax.models.qwen2 import positions_of
 from dycoke_jax.training.alignment import EMPTY_WEIGHT
-from dycoke_jax.training.lessons import teach
+from dycoke_jax.training.lessons import Progress, teach
 
 STEPS = 1500
 _CLIPS = 16
@@ -45,12 +45,18 @@ _WAYS = {(0, -1): 1, (0, 1): 2, (-1, 0): 3, (1, 0): 4}
 Facts = Int[np.ndarray, "F N facts"]
 
 
-def watch(config: LlavaConfig, params: Params, steps: int = STEPS) -> Params:
+def watch(
+    config: LlavaConfig,
+    params: Params,
+    progress: Progress | None = None,
+    steps: int = STEPS,
+) -> Params:
     """Teaches aligned weights to follow the things of clips.
 
     Args:
         config: a model whose frames have one visual token for each cell of a scene's grid.
         params: float32 weights, see ``align``.
+        progress: told after each step.
         steps: of training, each on fresh clips.
 
     Returns:
@@ -93,7 +99,8 @@ def watch(config: LlavaConfig, params: Params, steps: int = STEPS) -> Params:
         frames = np.stack([draw(scene, config.vision.image_size) for scene in scenes])
         return frames, facts, _weights(facts)
 
-    trained = teach(lower, loss, batch, steps, _RATE)
+    told = (lambda done: progress("following things", done, steps)) if progress else None
+    trained = teach(lower, loss, batch, steps, _RATE, told)
     return {**rest, **{path: x for path, x in trained.items() if path != _READERS}}
 
 
