@@ -1,5 +1,6 @@
 """Pictures of a trace: every frame, its dropped tokens dimmed and the attended ones marked."""
 
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,8 @@ _COLUMNS = 8
 _GAP = 6
 _DIMMED = 0.25
 _MARK = np.array([255, 220, 0])
+_LINE = 130
+"""Characters of text that fit above eight frames."""
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 
 
@@ -87,7 +90,8 @@ def _block(title: str, trace: Trace) -> Image.Image:
     share = trace.attended.mean(0) if steps else np.zeros(trace.kept.shape)
     painted = paint_frames(trace.frames, trace.grid, trace.kept, share)
     font = ImageFont.load_default(15)
-    lines = [*title.splitlines(), f"tokens: {trace.tokens}"]
+    said = [*title.splitlines(), f"tokens: {trace.tokens}"]
+    lines = [line for text in said for line in textwrap.wrap(text, _LINE)]
     columns = min(_COLUMNS, len(painted))
     rows = -(-len(painted) // columns)
     pitch = _FRAME + _GAP
