@@ -136,8 +136,8 @@ def test_counts_are_read_from_the_arrays(model, monkeypatch):
     """A mask that hides more than planned shows in the counts: they are no formula."""
     original = kv_pruning.WorkingSet.start
 
-    def hide_some(self, caches, valid, is_visual):
-        state = original(self, caches, valid, is_visual)
+    def hide_some(self, *given):
+        state = original(self, *given)
         return replace(state, parked_valid=state.parked_valid.at[:, ::2].set(False))
 
     monkeypatch.setattr(kv_pruning.WorkingSet, "start", hide_some)
@@ -158,6 +158,7 @@ def test_plain_model_traces_no_compression(monkeypatch):
     for name in ("start", "update"):
         monkeypatch.setattr(kv_pruning.WorkingSet, name, never)
         monkeypatch.setattr(kv_pruning.MaskedCache, name, never)
+        monkeypatch.setattr(kv_pruning.OneShot, name, never)
     model = tiny_model(layers=3)
     model.generate([video(0, 4)], ["What?"], compression=None, max_new_tokens=3)
     # Each stage alone would have been caught.
