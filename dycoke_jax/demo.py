@@ -10,13 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dycoke_jax.compression.protocol import Compressor
-from dycoke_jax.engine import Seconds
+from dycoke_jax.engine import Progress, Seconds
 from dycoke_jax.evaluation.pictures import draw
 from dycoke_jax.evaluation.task import task_clip
 from dycoke_jax.llava_video import Answer, LlavaVideo, Video
-
-Progress = Callable[[str, int, int], None]
-"""Called with what runs, runs done, and runs in all."""
 
 # Three questions to each of the first clips that the shipped model has never seen.
 KINDS = (

@@ -1,4 +1,7 @@
-"""What ships with the package: a tiny trained checkpoint, so that a newcomer gets true answers."""
+"""Where the tiny trained checkpoint lies that gives a newcomer true answers.
+
+It is not there yet: ``dycoke-jax train-tiny`` makes it.
+"""
 
 from pathlib import Path
 

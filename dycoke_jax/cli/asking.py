@@ -13,6 +13,10 @@ from dycoke_jax.cli.console import bars, byte_counts, counts, say
 from dycoke_jax.config import PoolMode
 from dycoke_jax.errors import ConfigError
 
+Merged = Annotated[float, typer.Option(help="DyCoke: share of redundant tokens to merge.")]
+Pruned = Annotated[float, typer.Option(help="DyCoke: share of visual KV to prune.")]
+PrunedFrom = Annotated[int, typer.Option(help="DyCoke: first layer that is pruned.")]
+
 
 @app.command(
     epilog="Example: `dycoke-jax generate --model ov-0.5b --video clip.mp4 "
@@ -24,9 +28,9 @@ def generate(
     video: Annotated[Path | None, typer.Option(help="The clip; none asks the text alone.")] = None,
     frames: Annotated[int, typer.Option(help="Frames to look at, at most.")] = 32,
     fps: Annotated[float | None, typer.Option(help="Frames a second to look at.")] = None,
-    k: Annotated[float, typer.Option(help="DyCoke: share of redundant tokens to merge.")] = 0.7,
-    p: Annotated[float, typer.Option(help="DyCoke: share of visual KV to prune.")] = 0.7,
-    layer: Annotated[int, typer.Option(help="DyCoke: first layer that is pruned.")] = 3,
+    k: Merged = 0.7,
+    p: Pruned = 0.7,
+    layer: PrunedFrom = 3,
     threshold: Annotated[
         float, typer.Option(help="DyCoke: similarity below which the kept set is chosen anew.")
     ] = 0.9,
@@ -146,9 +150,9 @@ def demo(
         ),
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames to look at, at most.")] = 16,
-    k: Annotated[float, typer.Option(help="DyCoke: share of redundant tokens to merge.")] = 0.7,
-    p: Annotated[float, typer.Option(help="DyCoke: share of visual KV to prune.")] = 0.7,
-    layer: Annotated[int, typer.Option(help="DyCoke: first layer that is pruned.")] = 3,
+    k: Merged = 0.7,
+    p: Pruned = 0.7,
+    layer: PrunedFrom = 3,
     picture: Annotated[
         Path, typer.Option(help="PNG to write: what was dropped, and what was attended to.")
     ] = Path("dycoke-demo.png"),

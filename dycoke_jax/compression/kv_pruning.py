@@ -116,14 +116,13 @@ class WorkingSet:
             ]
 
         caches = jax.lax.cond(refreshed.any(), refill, lambda working: working, state.caches)
-        chosen_valid = jnp.take_along_axis(state.parked_valid, chosen, axis=1)
-        attended = jnp.take_along_axis(state.is_visual, chosen, axis=1) & chosen_valid
+        chosen_valid, attended = _count(chosen, state.parked_valid, state.is_visual)
         valid = jax.lax.dynamic_update_slice_in_dim(state.valid, chosen_valid, 0, axis=1)
         return replace(
             state,
             caches=caches,
             valid=_show(valid, self.slots.generated, step),
-            attended=attended.sum(1, dtype=jnp.int32),
+            attended=attended,
             refreshed=refreshed,
             chosen=chosen,
             scores=scores,
@@ -176,13 +175,12 @@ class OneShot:
         """Chooses, and keeps nothing else of the visual slots."""
         visual = self.slots.visual_range
         chosen = _best(scores, is_visual, self.kept + self.protected)
-        chosen_valid = jnp.take_along_axis(valid[:, visual], chosen, axis=1)
+        chosen_valid, attended = _count(chosen, valid[:, visual], is_visual)
         working, shown = _compact(caches, valid, chosen, chosen_valid, visual)
-        attended = jnp.take_along_axis(is_visual, chosen, axis=1) & chosen_valid
         return OneShotState(
             caches=working,
             valid=shown,
-            attended=attended.sum(1, dtype=jnp.int32),
+            attended=attended,
             refreshed=jnp.zeros(valid.shape[0], bool),
             is_visual=is_visual,
             chosen=chosen,
@@ -304,6 +302,15 @@ def _best(
 ) -> Int[Array, "B R"]:
     """The slots of all newlines and of the visual tokens with the highest scores."""
     return jax.lax.top_k(jnp.where(is_visual, scores, jnp.inf), count)[1].astype(jnp.int32)
+
+
+def _count(
+    chosen: Int[Array, "B R"], valid: Bool[Array, "B V"], is_visual: Bool[Array, "B V"]
+) -> tuple[Bool[Array, "B R"], Int[Array, "B"]]:
+    """Which of the chosen slots hold a token, and how many of these are visual tokens."""
+    chosen_valid = jnp.take_along_axis(valid, chosen, axis=1)
+    attended = jnp.take_along_axis(is_visual, chosen, axis=1) & chosen_valid
+    return chosen_valid, attended.sum(1, dtype=jnp.int32)
 
 
 def _compact(

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.engine import Progress
 from dycoke_jax.evaluation.clip_files import write_clip
 from dycoke_jax.evaluation.pictures import draw
 from dycoke_jax.evaluation.task import TaskClip
 from dycoke_jax.llava_video import Answer, LlavaVideo, Video
-
-Progress = Callable[[str, int, int], None]
-"""Called with a setting's name, questions answered, and questions in all."""
 
 FILE_SIZE = 256
 """Pixels a side of clips that are written as files."""
@@ -86,7 +84,7 @@ def evaluate(
         compression: the setting.
         through_files: write each clip as an H.264 file and let the model read that.
         batch_size: questions that run together.
-        progress: told after each batch.
+        progress: told of questions answered after each batch, under the setting's name.
     """
     frames = clips[0].scene.frames
     asked = [(index, question) for index, clip in enumerate(clips) for question in clip.questions]

@@ -14,6 +14,7 @@ from dycoke_jax.checkpoint import load_params, open_checkpoint
 from dycoke_jax.checkpoint.conversion import copy_companions
 from dycoke_jax.checkpoint.save import save_llava_hf
 from dycoke_jax.config import LlavaConfig
+from dycoke_jax.engine import Progress as Lessons
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.evaluation.scenes import SceneSettings
 from dycoke_jax.inputs.processor import check_processor
@@ -22,7 +23,6 @@ from dycoke_jax.inputs.video import FrameSampling, read_clip
 from dycoke_jax.models.llava import Params
 from dycoke_jax.training import tiny
 from dycoke_jax.training.batches import Example, pack
-from dycoke_jax.training.lessons import Progress as Lessons
 from dycoke_jax.training.loss import Thinning
 from dycoke_jax.training.records import RecordSource, read_records
 from dycoke_jax.training.run import Intervals, Progress, train

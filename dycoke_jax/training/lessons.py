@@ -12,8 +12,6 @@ from dycoke_jax.models.llava import Params
 
 Loss = Callable[..., Float[Array, ""]]
 Batches = Callable[[int], tuple]
-Progress = Callable[[str, int, int], None]
-"""Called with a lesson's name, its steps done, and its steps in all."""
 
 
 def teach(

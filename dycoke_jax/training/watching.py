@@ -5,7 +5,7 @@ follow a thing takes long. Here the lower half of the language model learns it d
 the scene is known to hold: the state of a visual token after half of the layers should tell which
 thing is there, which way it has moved so far, as which one it appeared, what it has met, and, where
 nothing is any more, what was there briefly. The states are read by linear maps, which are thrown
-away after the lesson. It takes ten minutes.
+away after the lesson. It takes a quarter of an hour.
 """
 
 from itertools import pairwise
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
+from dycoke_jax.engine import Progress
 from dycoke_jax.evaluation.pictures import draw
 from dycoke_jax.evaluation.scenes import (
     COLOURS,
@@ -30,7 +31,7 @@ from dycoke_jax.generation.assemble import place_newlines
 from dycoke_jax.models.llava import Params, bind
 from dycoke_jax.models.qwen2 import positions_of
 from dycoke_jax.training.alignment import EMPTY_WEIGHT
-from dycoke_jax.training.lessons import Progress, teach
+from dycoke_jax.training.lessons import teach
 
 STEPS = 1500
 _CLIPS = 16
