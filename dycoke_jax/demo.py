@@ -12,10 +12,10 @@ from rich.text import Text
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.engine import Progress, Seconds
 from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.task import task_clip
+from dycoke_jax.evaluation.task import MONITORED, task_clip
 from dycoke_jax.llava_video import Answer, LlavaVideo, Video
 
-# Three questions to each of the first clips that the shipped model has never seen.
+# Three questions to each of the first clips after those that training was watched with.
 KINDS = (
     ("colour", "direction", "describe"),
     ("count", "first", "list"),
@@ -59,7 +59,7 @@ def made_up(size: int) -> list[Asked]:
     """
     asked = []
     for number, kinds in enumerate(KINDS):
-        clip = task_clip("test", number)
+        clip = task_clip("test", MONITORED + number)
         video = draw(clip.scene, size)
         for question in clip.questions:
             if question.kind in kinds:

@@ -91,3 +91,9 @@ def test_what_cannot_be_shown_is_refused(arguments, says, tmp_path):
     assert (code, out) == (2, "")
     assert says in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    code, out, err = run_main("demo", "--picture", tmp_path / "missing" / "demo.png")
+    assert (code, out) == (2, "")
+    assert "there is no folder" in err

@@ -99,3 +99,12 @@ def test_evaluation_goes_on_where_it_was(tmp_path):
     code, _, err = run_main(*ask[:-4], "--clips", 2, "--frames", 8)
     assert code == 2
     assert "another evaluation (clips)" in err
+
+
+@pytest.mark.parametrize("arguments", [("r.json", "--plot", "missing/p.png"), ("missing/r.json",)])
+def test_where_nothing_can_be_written_is_said_before_the_work(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_main("eval", *arguments)
+    assert code == 2
+    assert "there is no folder missing" in err
+    assert not list(tmp_path.iterdir())

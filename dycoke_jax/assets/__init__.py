@@ -1,7 +1,4 @@
-"""Where the tiny trained checkpoint lies that gives a newcomer true answers.
-
-It is not there yet: ``dycoke-jax train-tiny`` makes it.
-"""
+"""Where the tiny trained checkpoint lies that gives a newcomer true answers."""
 
 from pathlib import Path
 

@@ -12,6 +12,7 @@ from dycoke_jax.cli.app import Dtype, app
 from dycoke_jax.cli.console import bars, byte_counts, counts, say
 from dycoke_jax.config import PoolMode
 from dycoke_jax.errors import ConfigError
+from dycoke_jax.output import check_place
 
 Merged = Annotated[float, typer.Option(help="DyCoke: share of redundant tokens to merge.")]
 Pruned = Annotated[float, typer.Option(help="DyCoke: share of visual KV to prune.")]
@@ -173,6 +174,7 @@ def demo(
         raise ConfigError("only the model that ships knows the made-up clips: give --video as well")
     compression = DyCoke(k, layer, p)
     FrameSampling(frames)
+    check_place(picture)
     if video is not None:
         check_clip(video)
     with bars() as bar:

@@ -10,6 +10,7 @@ from rich.console import Console
 from dycoke_jax.cli.app import app
 from dycoke_jax.cli.console import bars, byte_counts, counts, say, training_steps
 from dycoke_jax.errors import ConfigError
+from dycoke_jax.output import check_place
 
 
 @app.command(
@@ -148,16 +149,18 @@ def evaluate(
     from dycoke_jax.evaluation.questions import blind_score
     from dycoke_jax.evaluation.scenes import SceneSettings
     from dycoke_jax.evaluation.settings import HEADLINES, SWEEPS
-    from dycoke_jax.evaluation.task import task_clip
+    from dycoke_jax.evaluation.task import MONITORED, task_clip
     from dycoke_jax.llava_video import LlavaVideo
 
     if clips < 1:
         raise ConfigError(f"clips is {clips}; it must be at least 1")
+    check_place(results)
     if plot is not None:
+        check_place(plot)
         report.check_plot()
     compared = HEADLINES if settings == "headlines" else HEADLINES | SWEEPS
     scenes = SceneSettings(frames)
-    task = [task_clip("test", number, scenes) for number in range(clips)]
+    task = [task_clip("test", MONITORED + number, scenes) for number in range(clips)]
     blind = blind_score(question for clip in task for question in clip.questions)
     with bars() as bar:
         llava = LlavaVideo.from_pretrained(

@@ -71,14 +71,17 @@ def ask(scene: Scene, random: np.random.Generator) -> list[Question]:
 def drill(scene: Scene, random: np.random.Generator) -> list[Question]:
     """Short questions about every thing, in random order: to practise what ``ask`` asks once.
 
-    Where it is in the end, which way it moves and, of moving ones, which colour it meets; of all,
-    brief ones too, shape and colour.
+    Its colour and where it is in the end; its shape in a still picture; in a clip which way it
+    moves and, of moving ones, which colour it meets. Most name the thing by its shape, which is
+    harder to find than a colour.
     """
     asked = []
     for thing in scene.things:
-        asked += [_shape(thing), _colour(thing)]
-        if not thing.is_brief:
-            asked += [_direction(thing, random), _where(thing, random)]
+        asked.append(_colour(thing))
+        if scene.frames == 1:
+            asked += [_where(thing, random), _shape(thing)]
+        elif not thing.is_brief:
+            asked += [_where(thing, random), _direction(thing, random)]
             asked += [_meets(thing, random)] if thing.motion else []
     return [asked[i] for i in random.permutation(len(asked))]
 

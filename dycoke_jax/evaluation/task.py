@@ -10,6 +10,10 @@ from dycoke_jax.evaluation.scenes import Scene, SceneSettings, draw_scene
 
 Split = Literal["train", "test"]
 
+MONITORED = 64
+"""The first test clips, by which training runs are watched; what is published is measured on those
+after them."""
+
 
 @dataclass(frozen=True)
 class TaskClip:

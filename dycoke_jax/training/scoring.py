@@ -15,14 +15,12 @@ import numpy as np
 
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.evaluation.scenes import SceneSettings
-from dycoke_jax.evaluation.task import task_clip
+from dycoke_jax.evaluation.task import MONITORED, task_clip
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.models.llava import Params
 from dycoke_jax.training.batches import Batch, pack
 from dycoke_jax.training.loss import Thinning, score_answers
 from dycoke_jax.training.sources import task_example
-
-_TASK_CLIPS = 64
 
 _score = partial(jax.jit, static_argnames=("config", "thinning", "dtype"))(score_answers)
 
@@ -35,7 +33,7 @@ class HeldOut(NamedTuple):
 
 
 def task_held_out(tokenizer: Tokenizer, size: int, frames: int = 16) -> HeldOut:
-    """The first 64 clips of the built-in task's test split, with all their questions.
+    """The monitored clips of the built-in task's test split, with all their questions.
 
     Args:
         tokenizer: the model's.
@@ -44,7 +42,7 @@ def task_held_out(tokenizer: Tokenizer, size: int, frames: int = 16) -> HeldOut:
     """
     scenes = SceneSettings(frames)
     batches, kinds = [], []
-    for first in range(0, _TASK_CLIPS, 8):
+    for first in range(0, MONITORED, 8):
         numbers = range(first, first + 8)
         examples = [task_example("test", number, scenes, size) for number in numbers]
         batches.append(pack(tokenizer, examples, 256))

@@ -39,15 +39,15 @@ SIZES = LlavaConfig(
 )
 """1.3 million weights: 16 visual tokens a frame, 256 for a clip of 16 frames."""
 
-# After the lessons of the eyes: questions about pictures, short questions about every thing of a
-# clip, and the whole task. Most tokens of the whole task's answers are those of its long ones, so
-# what the short ones need is practised first.
+# After the lessons of the eyes: short questions about every thing of a picture, then of a clip, and
+# the whole task. Most tokens of the whole task's answers are those of its long ones, so what the
+# short ones need is practised first; without the pictures things are never found by their shape.
 _GAPS = ThinningMix(merged=0.3, random=0.3, k=0.7)
 _CLIPS = BatchShape(rows=2, accumulate=8, width=224)
 STAGES = (
-    Stage(300, SceneSettings(1, 1, 4), BatchShape(rows=32, accumulate=1, width=120)),
-    Stage(600, SceneSettings(16, 1, 5), _CLIPS, drill=True),
-    Stage(1600, SceneSettings(16, 2, 5), _CLIPS, _GAPS),
+    Stage(400, SceneSettings(1, 2, 6), BatchShape(24, accumulate=1, width=200), drill=True),
+    Stage(700, SceneSettings(16, 1, 5), _CLIPS, drill=True),
+    Stage(1800, SceneSettings(16, 2, 5), _CLIPS, _GAPS),
 )
 OPTIMISATION = Optimisation(
     steps=sum(stage.steps for stage in STAGES), learning_rate=2e-3, warm_up=100
