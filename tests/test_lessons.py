@@ -1,16 +1,22 @@
 """The lessons before the questions: what is told about each visual token, and that it is learnt."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers_for_tests import tiny_tokenizer
 
 from dycoke_jax import DycokeError
-from dycoke_jax.evaluation.scenes import Cell, Scene, Thing
+from dycoke_jax.evaluation.scenes import Cell, Scene, SceneSettings, Thing
+from dycoke_jax.inputs.prompts import load_tokenizer
+from dycoke_jax.models.llava import random_params
 from dycoke_jax.training import tiny, watching
 from dycoke_jax.training.alignment import align
+from dycoke_jax.training.batches import pack
 from dycoke_jax.training.lessons import teach
-from dycoke_jax.training.watching import facts_of
+from dycoke_jax.training.loss import Thinning, score_answers
+from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, task_example
+from dycoke_jax.training.watching import READERS, fact_loss, facts_of, readers_shape
 
 
 def test_lessons_find_the_lowest_loss():
@@ -49,6 +55,66 @@ def test_facts_follow_a_thing():
     assert facts[7, 1, 1].tolist() == [2, 2, blue, cross, 0, 0, 1, 0, 0]
 
 
+def test_facts_weigh_as_much_as_they_tell():
+    """By hand: an empty place, a thing at rest, a moved thing, and a place where one was briefly."""
+    facts = np.zeros((1, 4, 9), np.int32)
+    facts[0, :, :2] = 1
+    facts[0, 1, 2:7] = [2, 3, 0, 0, 1]
+    facts[0, 2, 2:7] = [4, 1, 2, 3, 2]
+    facts[0, 3, 8] = 5
+    weights = np.zeros((4, 9))
+    weights[[0, 3], 2] = weights[:3, 8] = 0.2
+    weights[3, 8] = 1
+    weights[1:3, :8] = 1
+    weights[2, 4:6] = 4
+    random = np.random.default_rng(0)
+    states, readers = random.standard_normal((1, 4, 6)), random.standard_normal((6, 9, 9))
+    scores = np.einsum("bvd,dqc->bvqc", states, readers)[0]
+    likely = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(likely, facts[0, :, :, None], axis=2)[..., 0]
+    loss = fact_loss(jnp.asarray(states), jnp.asarray(readers), jnp.asarray(facts))
+    assert float(loss) == pytest.approx(-(chosen * weights).sum() / weights.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("thinning", [None, Thinning(0.7), Thinning(0.7, at_random=True)])
+def test_facts_are_learned_beside_the_answers(tmp_path, thinning):
+    """From the states of the layer that the lesson taught, of the tokens that are there."""
+    tiny.save_tokenizer(tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    shape = readers_shape(tiny.SIZES)
+    readers = jnp.asarray(np.random.default_rng(0).standard_normal(shape.shape), jnp.float32)
+    params = {**random_params(tiny.SIZES), READERS: readers}
+    example = task_example("train", 0, SceneSettings(), 64, with_facts=True)
+    batch = pack(tokenizer, [example], 300)
+
+    def score(params, batch):
+        key = jax.random.key(0)
+        return score_answers(tiny.SIZES, params, batch, thinning=thinning, key=key)
+
+    def beside(params):
+        return score(params, batch).facts
+
+    gradient = jax.jit(jax.grad(beside))(params)
+    for path, slope in gradient.items():
+        upper = path.startswith(("language_model.layers.3.", "language_model.layers.5."))
+        lower = path.startswith(("language_model.layers.0.self_attn.v", "readers"))
+        assert not upper or not slope.any(), path
+        assert not lower or slope.any(), path
+    with_facts = jax.jit(score)(params, batch)
+    without = jax.jit(score)(params, batch._replace(facts=None))
+    assert float(with_facts.facts) > 0 == float(without.facts)
+    assert float(with_facts.loss) == pytest.approx(float(without.loss), rel=1e-6)
+
+
+def test_stages_may_take_turns():
+    tokenizer = tiny_tokenizer()
+    pictures = Stage(0, SceneSettings(1, 1, 1), BatchShape(3, 1, 200), drill=True)
+    clips = Stage(4, SceneSettings(6, 1, 1), BatchShape(1, 2, 600), drill=True, other=pictures)
+    source = TaskSource(tokenizer, 98, (clips, Stage(1, clips.scenes, clips.shape)))
+    shapes = [source.batch(step)[0].frames.shape[:3] for step in range(5)]
+    assert shapes == [(2, 1, 6), (1, 3, 1), (2, 1, 6), (1, 3, 1), (2, 1, 6)]
+
+
 def test_alignment_names_what_it_cannot_teach():
     params, tokenizer = {}, tiny_tokenizer()
     with pytest.raises(DycokeError, match="single token for"):
@@ -57,14 +123,12 @@ def test_alignment_names_what_it_cannot_teach():
 
 @pytest.mark.slow
 def test_lessons_leave_the_upper_layers_alone(tmp_path):
-    from dycoke_jax.inputs.prompts import load_tokenizer
-    from dycoke_jax.models.llava import random_params
-
     tiny.save_tokenizer(tmp_path / "words")
     params = random_params(tiny.SIZES)
     aligned = align(tiny.SIZES, params, load_tokenizer(tmp_path / "words"), steps=2)
     watched = watching.watch(tiny.SIZES, aligned, steps=2)
-    assert params.keys() == aligned.keys() == watched.keys()
+    assert params.keys() == aligned.keys() == watched.keys() - {READERS}
+    assert watched[READERS].shape == readers_shape(tiny.SIZES).shape
     for path, weight in params.items():
         is_layer = path.startswith("language_model.layers.")
         number = int(path.split(".")[2]) if is_layer else -1

@@ -143,6 +143,23 @@ def test_frozen_modules_stay_as_they_are(frozen):
         assert same == (module_of(path) == frozen), path
 
 
+def test_frozen_layers_stay_as_they_are_and_have_no_moments():
+    model = tiny_model(layers=3)
+    settings = Optimisation(steps=4, learning_rate=1e-2, warm_up=0, frozen_layers=2)
+    batch = stacked(pack(TOKENIZER, [example()], 200))
+    before = start(settings, model.params)
+    held = {x.shape for x in jax.tree.leaves(before.optimiser)}
+    assert model.params["language_model.embed_tokens.weight"].shape in held
+    moments = sum(x.size for x in jax.tree.leaves(before.optimiser))
+    frozen = ("language_model.layers.0.", "language_model.layers.1.")
+    trained = sum(x.size for path, x in model.params.items() if not path.startswith(frozen))
+    assert 2 * trained <= moments < 2 * trained + 100
+    state, _ = train_step(model.config, settings, before, batch)
+    for path, weight in state.params.items():
+        same = bool((weight == model.params[path]).all())
+        assert same == path.startswith(frozen), path
+
+
 LESSONS = (
     Stage(6, SceneSettings(1, 1, 1), BatchShape(4, 1, 200)),
     Stage(6, SceneSettings(6, 1, 2), BatchShape(1, 2, 600), ThinningMix(0.4, 0.3, 0.7)),
@@ -243,6 +260,7 @@ def test_what_cannot_be_packed_is_refused_or_left_out_as_said():
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"tower": -1.0}, "tower is -1"),
+        ({"frozen_layers": -1}, "frozen_layers is -1"),
         ({"language": 0.0, "tower": 0.0, "projector": 0.0}, "everything is frozen"),
     ],
 )

@@ -43,6 +43,10 @@ def train(
     language: Annotated[float, typer.Option(help="Relative rate; 0 freezes.")] = 1.0,
     projector: Annotated[float, typer.Option(help="Relative rate; 0 freezes.")] = 1.0,
     tower: Annotated[float, typer.Option(help="Relative rate; 0 freezes.")] = 0.2,
+    frozen_layers: Annotated[
+        int,
+        typer.Option(help="Layers of the language model, from the first, to leave as they are."),
+    ] = 0,
     warm_up: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 30,
     weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.01,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
@@ -84,6 +88,7 @@ def train(
                 language=language,
                 projector=projector,
                 tower=tower,
+                frozen_layers=frozen_layers,
                 warm_up=warm_up,
                 weight_decay=weight_decay,
                 clip=clip,

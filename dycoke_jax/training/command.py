@@ -25,10 +25,11 @@ from dycoke_jax.training import tiny
 from dycoke_jax.training.batches import Example, pack
 from dycoke_jax.training.loss import Thinning
 from dycoke_jax.training.records import RecordSource, read_records
-from dycoke_jax.training.run import Intervals, Progress, train
+from dycoke_jax.training.run import Intervals, Progress, Shapes, train
 from dycoke_jax.training.scoring import HeldOut, accuracy, task_held_out
 from dycoke_jax.training.sources import BatchShape, Source, Stage, TaskSource, ThinningMix
 from dycoke_jax.training.step import Optimisation
+from dycoke_jax.training.watching import READERS, readers_shape
 
 MODEL = "model"
 
@@ -159,6 +160,7 @@ def from_scratch(
         tiny.save_tokenizer,
         intervals,
         progress,
+        {READERS: readers_shape(tiny.SIZES)},
     )
 
 
@@ -174,6 +176,7 @@ def _run(
     save_tokenizer: Callable[[Path], None],
     intervals: Intervals,
     progress: Progress | None,
+    beside: Shapes | None = None,
 ) -> Path:
     def evaluate(params: Params) -> dict[str, Any]:
         assert held_out is not None
@@ -193,6 +196,7 @@ def _run(
         seed=seed,
         intervals=intervals,
         evaluate=evaluate if held_out is not None else None,
+        beside=beside,
         progress=progress,
     )
     trained = folder / MODEL

@@ -15,6 +15,7 @@ from dycoke_jax.generation.assemble import Visual, place_newlines
 from dycoke_jax.models.llava import Llava, Params, bind
 from dycoke_jax.models.qwen2 import positions_of
 from dycoke_jax.training.batches import Batch
+from dycoke_jax.training.watching import DEPTH, READERS, fact_loss
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Scores(NamedTuple):
     """Cross entropy in nats, summed over tokens."""
     tokens: Int[Array, ""]
     right_tokens: Int[Array, ""]
+    facts: Float[Array, ""]
+    """What ``watching.fact_loss`` says of the batch's facts; 0 where none are given."""
     right: Bool[Array, "B parts"]
     """Whether every token of a part's answer was the most likely one, from part 1 on: greedy
     decoding would then have said just this answer."""
@@ -67,7 +70,7 @@ def score_answers(
     """
     model = bind(config, {path: x.astype(dtype) for path, x in params.items()})
     again = jax.checkpoint if rematerialise else lambda function: function
-    visual = _visual(model, batch, thinning, key, again)
+    visual, facts = _visual(model, batch, thinning, key, again)
 
     embed = model.language_model.embed_tokens
     x = jnp.concatenate([embed(batch.prefix), visual.embeds, embed(batch.ids)], axis=1)
@@ -78,8 +81,13 @@ def score_answers(
     positions = jnp.concatenate([positions_of(shared), before + batch.offset], axis=1)
     parts = jnp.pad(batch.part, ((0, 0), (shared.shape[1], 0)))
     rope = model.language_model.rope(positions)
-    for layer in model.language_model.layers:
+    beside = jnp.float32(0)
+    for number, layer in enumerate(model.language_model.layers, start=1):
         x = again(lambda x, layer=layer: layer.prefill(x, rope, valid, parts)[0])(x)
+        if facts is not None and number == DEPTH:
+            first = batch.prefix.shape[1]
+            states = model.language_model.norm(x[:, first : first + facts.shape[1]])
+            beside = fact_loss(states, params[READERS], facts)
     logits = model.logits(model.language_model.norm(x[:, shared.shape[1] :]))
 
     # A slot predicts the next one; an answer never begins its part, so the two are of one part.
@@ -92,6 +100,7 @@ def score_answers(
     return Scores(
         loss=-(likely * wanted).sum(),
         tokens=wanted.sum(dtype=jnp.int32),
+        facts=beside,
         right_tokens=(right & wanted).sum(dtype=jnp.int32),
         right=(wrong == 0) & (asked > 0),
         asked=asked > 0,
@@ -113,7 +122,7 @@ def _visual(
     thinning: Thinning | None,
     key: Array | None,
     again: Callable[[Callable], Callable],
-) -> Visual:
+) -> tuple[Visual, Int[Array, "B V facts"] | None]:
     rows, frames = batch.frames.shape[:2]
     features = again(model.encode)(batch.frames.reshape(rows * frames, *batch.frames.shape[2:]))
     features = features.reshape(rows, frames, *features.shape[1:])
@@ -127,4 +136,10 @@ def _visual(
             kept = jnp.sort(jax.lax.top_k(places, kept.shape[1])[1], axis=1)
     config = model.config
     newline = model.image_newline[...]
-    return place_newlines(features, kept, newline, config.newline, config.frame_grid)
+    visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
+    facts = batch.facts
+    if facts is not None:
+        facts = facts.reshape(rows, -1, facts.shape[-1])
+        if kept is not None:
+            facts = jnp.take_along_axis(facts, kept[:, :, None], axis=1)
+    return visual, facts

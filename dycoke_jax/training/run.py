@@ -33,6 +33,10 @@ Progress = Callable[[int, int, str], None]
 """Called after each step with steps done, steps in all, and a line about loss and accuracy."""
 
 
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+"""Shapes and dtypes of weights by path."""
+
+
 @dataclass(frozen=True)
 class Intervals:
     """Steps between two entries of the log, two evaluations, and two checkpoints."""
@@ -58,6 +62,7 @@ def train(
     seed: int = 0,
     intervals: Intervals = Intervals(),
     evaluate: Evaluate | None = None,
+    beside: Shapes | None = None,
     progress: Progress | None = None,
 ) -> Params:
     """Trains, or goes on where a run in the folder was cut off.
@@ -77,6 +82,7 @@ def train(
         seed: of random thinning.
         intervals: see ``Intervals``.
         evaluate: scores weights in between and at the end.
+        beside: what ``initial`` gives besides the model's own weights.
         progress: told after each step.
 
     Returns:
@@ -92,7 +98,8 @@ def train(
         with ocp.training.Checkpointer(
             (folder / STATE).absolute(), preservation_policy=keep
         ) as saved:
-            state = _resume(saved, settings, config, initial)
+            shapes = {**abstract_params(config), **(beside or {})}
+            state = _resume(saved, settings, shapes, initial)
             _cut_log(folder / LOG, int(state.step))
             return _loop(
                 folder, config, state, source, settings, saved, seed, intervals, evaluate, progress
@@ -167,12 +174,12 @@ def _claim(folder: Path, described: Mapping[str, Any]) -> None:
 def _resume(
     saved: ocp.training.Checkpointer,
     settings: Optimisation,
-    config: LlavaConfig,
+    shapes: Shapes,
     initial: Callable[[], Params],
 ) -> TrainState:
     if saved.latest is None:
         return start(settings, initial())
-    fresh = jax.eval_shape(lambda: start(settings, _zeros(config)))
+    fresh = jax.eval_shape(lambda: start(settings, _zeros(shapes)))
     place = jax.numpy.zeros(()).sharding
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), fresh)
     try:
@@ -185,8 +192,7 @@ def _resume(
         ) from error
 
 
-def _zeros(config: LlavaConfig) -> Params:
-    shapes = abstract_params(config)
+def _zeros(shapes: Shapes) -> Params:
     return {path: jax.numpy.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
 
 

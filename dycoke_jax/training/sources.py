@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from dycoke_jax.errors import ConfigError
@@ -18,6 +19,7 @@ from dycoke_jax.evaluation.task import Split, task_clip
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.training.batches import Batch, Example, pack
 from dycoke_jax.training.loss import Thinning
+from dycoke_jax.training.watching import facts_of
 
 
 @runtime_checkable
@@ -55,7 +57,8 @@ class BatchShape:
     def pack(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> Batch:
         """As many examples as a step takes, as arrays."""
         packed = pack(tokenizer, examples, self.width)
-        return Batch(*(x.reshape(self.accumulate, self.rows, *x.shape[1:]) for x in packed))
+        steps = self.accumulate, self.rows
+        return jax.tree.map(lambda x: x.reshape(*steps, *x.shape[1:]), packed)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Stage:
         shape: of a step.
         thinning: how often visual tokens are left out.
         drill: ask short questions about every thing instead of those of the task.
+        other: gives the batch of every second step; its own ``steps`` do not count.
     """
 
     steps: int
@@ -103,6 +107,16 @@ class Stage:
     shape: BatchShape
     thinning: ThinningMix = field(default_factory=ThinningMix)
     drill: bool = False
+    other: "Stage | None" = None
+
+    def turn(self, step: int) -> "Stage":
+        """Which of the two gives the batch of a step, counted from the stage's first."""
+        return self.other if self.other and step % 2 else self
+
+    @property
+    def clips(self) -> int:
+        """Clips that a step draws at most."""
+        return max(self.shape.examples, self.other.shape.examples if self.other else 0)
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,8 @@ class TaskSource:
     size: int
     stages: tuple[Stage, ...]
     seed: int = 0
+    with_facts: bool = False
+    """Whether examples carry what is known of each visual token, see ``watching``."""
 
     def batch(self, step: int) -> tuple[Batch, Thinning | None]:
         """See ``Source``."""
@@ -121,28 +137,37 @@ class TaskSource:
             if step < first_step + stage.steps:
                 break
             first_step += stage.steps
-            first_clip += stage.steps * stage.shape.examples
+            first_clip += stage.steps * stage.clips
         else:
             raise ConfigError(f"step {step} is beyond the last stage")
-        first_clip += (step - first_step) * stage.shape.examples
+        first_clip += (step - first_step) * stage.clips
+        stage = stage.turn(step - first_step)
         numbers = range(first_clip, first_clip + stage.shape.examples)
         example = drill_example if stage.drill else task_example
-        examples = [example("train", number, stage.scenes, self.size) for number in numbers]
+        examples = [
+            example("train", number, stage.scenes, self.size, with_facts=self.with_facts)
+            for number in numbers
+        ]
         return stage.shape.pack(self.tokenizer, examples), stage.thinning.choose(step, self.seed)
 
 
-def task_example(split: Split, number: int, scenes: SceneSettings, size: int) -> Example:
+def task_example(
+    split: Split, number: int, scenes: SceneSettings, size: int, *, with_facts: bool = False
+) -> Example:
     """A clip of the built-in task with all its questions."""
     clip = task_clip(split, number, scenes)
-    return _example(clip.scene, clip.questions, size)
+    return _example(clip.scene, clip.questions, size, with_facts)
 
 
-def drill_example(split: Split, number: int, scenes: SceneSettings, size: int) -> Example:
+def drill_example(
+    split: Split, number: int, scenes: SceneSettings, size: int, *, with_facts: bool = False
+) -> Example:
     """A clip of the built-in task with short questions about every thing."""
     scene = task_clip(split, number, scenes).scene
-    return _example(scene, drill(scene, np.random.default_rng([number, 4])), size)
+    return _example(scene, drill(scene, np.random.default_rng([number, 4])), size, with_facts)
 
 
-def _example(scene: Scene, questions: Sequence[Question], size: int) -> Example:
+def _example(scene: Scene, questions: Sequence[Question], size: int, with_facts: bool) -> Example:
     texts = [question.text for question in questions]
-    return Example(draw(scene, size), texts, [question.answer for question in questions])
+    answers = [question.answer for question in questions]
+    return Example(draw(scene, size), texts, answers, facts_of(scene) if with_facts else None)

@@ -15,6 +15,9 @@ from dycoke_jax.models.llava import Params
 from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.loss import Scores, Thinning, score_answers
 
+FACTS_WEIGHT = 0.5
+"""Of what is learned beside the answers, in the loss."""
+
 
 @dataclass(frozen=True)
 class Optimisation:
@@ -27,6 +30,8 @@ class Optimisation:
             freezes them.
         tower: likewise, of the vision tower.
         language: likewise, of the language model; 0 freezes it.
+        frozen_layers: layers of the language model, from the first, that stay as they are. What is
+            frozen has no moments and costs no gradient.
         warm_up: steps in which the learning rate rises.
         weight_decay: of matrices; biases, norms and the newline have none.
         clip: largest norm of the gradient.
@@ -39,6 +44,7 @@ class Optimisation:
     language: float = 1.0
     projector: float = 1.0
     tower: float = 1.0
+    frozen_layers: int = 0
     warm_up: int = 100
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -51,7 +57,8 @@ class Optimisation:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("language", "projector", "tower", "warm_up", "weight_decay"):
+        at_least_0 = ("language", "projector", "tower", "frozen_layers", "warm_up", "weight_decay")
+        for name in at_least_0:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not (self.language or self.projector or self.tower):
@@ -88,7 +95,7 @@ def schedule(settings: Optimisation) -> optax.Schedule:
 
 
 def optimiser(settings: Optimisation) -> optax.GradientTransformation:
-    """The chain of transformations; frozen modules keep no moments."""
+    """The chain of transformations, for the weights that are trained."""
     rates = {
         "language": settings.language,
         "projector": settings.projector,
@@ -97,8 +104,6 @@ def optimiser(settings: Optimisation) -> optax.GradientTransformation:
     rate = schedule(settings)
 
     def of_module(share: float) -> optax.GradientTransformation:
-        if not share:
-            return optax.set_to_zero()
         return optax.adamw(
             lambda step: share * rate(step),
             b2=0.98,
@@ -111,6 +116,18 @@ def optimiser(settings: Optimisation) -> optax.GradientTransformation:
         lambda params: {path: module_of(path) for path in params},
     )
     return optax.chain(optax.clip_by_global_norm(settings.clip), modules)
+
+
+def is_trained(settings: Optimisation, path: str) -> bool:
+    """Whether a weight changes."""
+    match path.split("."):
+        case ["language_model", "layers", number, *_] if int(number) < settings.frozen_layers:
+            return False
+    return getattr(settings, module_of(path)) > 0
+
+
+def _trained(settings: Optimisation, params: Params) -> Params:
+    return {path: x for path, x in params.items() if is_trained(settings, path)}
 
 
 def module_of(path: str) -> str:
@@ -128,7 +145,7 @@ def start(settings: Optimisation, params: Params) -> TrainState:
     """The state before the first step; weights become float32."""
     # Copies, because the first step gives its state's buffers away.
     params = {path: jnp.array(x, jnp.float32) for path, x in params.items()}
-    return TrainState(jnp.int32(0), params, optimiser(settings).init(params))
+    return TrainState(jnp.int32(0), params, optimiser(settings).init(_trained(settings, params)))
 
 
 @partial(
@@ -153,21 +170,23 @@ def train_step(
         thinning: visual tokens to leave out (static).
         seed: of random thinning (static).
     """
+    trained = _trained(settings, state.params)
 
-    def loss(params: Params, part: Batch, key: Array) -> tuple[Float[Array, ""], Scores]:
+    def loss(trained: Params, part: Batch, key: Array) -> tuple[Float[Array, ""], Scores]:
         scores = score_answers(
             config,
-            params,
+            {**state.params, **trained},
             part,
             thinning=thinning,
             key=key,
             dtype=settings.dtype,
             rematerialise=settings.rematerialise,
         )
-        return scores.loss, scores
+        # The sum over tokens is divided by their number below; so must this be.
+        return scores.loss + FACTS_WEIGHT * scores.facts * scores.tokens, scores
 
     def accumulate(total: tuple, part_and_key: tuple[Batch, Array]) -> tuple[tuple, None]:
-        (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, *part_and_key)
+        (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *part_and_key)
         counts = (
             scores.loss,
             scores.tokens,
@@ -179,12 +198,12 @@ def train_step(
 
     steps = batch.ids.shape[0]
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), steps)
-    zero = jax.tree.map(jnp.zeros_like, state.params)
+    zero = jax.tree.map(jnp.zeros_like, trained)
     nothing = (zero, (jnp.float32(0), *(jnp.int32(0),) * 4))
     (gradient, counts), _ = jax.lax.scan(accumulate, nothing, (batch, keys))
     summed, tokens, right_tokens, right, asked = counts
     gradient = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), gradient)
-    updates, moments = optimiser(settings).update(gradient, state.optimiser, state.params)
+    updates, moments = optimiser(settings).update(gradient, state.optimiser, trained)
     metrics = Metrics(
         loss=summed / jnp.maximum(tokens, 1),
         token_accuracy=right_tokens / jnp.maximum(tokens, 1),
@@ -192,4 +211,5 @@ def train_step(
         gradient=optax.tree.norm(gradient),
         learning_rate=schedule(settings)(state.step),
     )
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
+    params = {**state.params, **optax.apply_updates(trained, updates)}
+    return TrainState(state.step + 1, params, moments), metrics

@@ -1,11 +1,13 @@
 """Second lesson of the eyes: what became of a thing until now, known at each of its tokens.
 
 Answers are few and say little about a clip of hundreds of tokens, so learning from them alone to
-follow a thing takes long. Here the lower half of the language model learns it directly, from what
-the scene is known to hold: the state of a visual token after half of the layers should tell which
-thing is there, which way it has moved so far, as which one it appeared, what it has met, and, where
-nothing is any more, what was there briefly. The states are read by linear maps, which are thrown
-away after the lesson. It takes a quarter of an hour.
+follow a thing takes long. Here the first layers of the language model learn it directly, from what
+the scene is known to hold: the state of a visual token after them should tell which thing is there,
+which way it has moved so far, as which one it appeared, what it has met, and, where nothing is any
+more, what was there briefly. Linear maps read it from the states. It takes a quarter of an hour.
+
+What is learned here would be forgotten within some hundred steps of questions, because the first
+answers hardly depend on it. So ``fact_loss`` goes on beside the questions, on the same states.
 """
 
 from itertools import pairwise
@@ -33,12 +35,19 @@ from dycoke_jax.models.qwen2 import positions_of
 from dycoke_jax.training.alignment import EMPTY_WEIGHT
 from dycoke_jax.training.lessons import teach
 
+READERS = "readers"
+"""The path of the linear maps among the weights."""
 STEPS = 1500
+DEPTH = 3
+"""Layers, from the first, that learn to follow things."""
 _CLIPS = 16
 _RATE = 2e-3
 _MOVED_WEIGHT = 4.0
 """Of a direction in the loss: what is hardest to learn is also rare."""
 _FACTS = ("row", "column", "colour", "shape", "first way", "second way", "order", "met", "gone")
+_COLOUR, _GONE = _FACTS.index("colour"), _FACTS.index("gone")
+_IS_COLOUR, _IS_GONE = np.arange(len(_FACTS)) == _COLOUR, np.arange(len(_FACTS)) == _GONE
+_IS_WAY = np.array([name.endswith("way") for name in _FACTS])
 _VALUES = 1 + max(len(COLOURS), len(SHAPES))
 _WAYS = {(0, -1): 1, (0, 1): 2, (-1, 0): 3, (1, 0): 4}
 """Directions by the signs of their rows and columns."""
@@ -51,6 +60,7 @@ def watch(
     params: Params,
     progress: Progress | None = None,
     steps: int = STEPS,
+    depth: int = DEPTH,
 ) -> Params:
     """Teaches aligned weights to follow the things of clips.
 
@@ -59,24 +69,23 @@ def watch(
         params: float32 weights, see ``align``.
         progress: told after each step.
         steps: of training, each on fresh clips.
+        depth: layers of the language model that learn it.
 
     Returns:
-        The weights after it. The upper half of the language model's layers is not touched.
+        The weights after it, and the readers under ``READERS``. The layers above are not touched.
     """
-    depth = config.text.num_layers // 2
     upper = tuple(f"language_model.layers.{i}." for i in range(depth, config.text.num_layers))
     rest = {p: x for p, x in params.items() if p.startswith(upper)}
     lower = {p: x for p, x in params.items() if p not in rest}
-    lower[_READERS] = jnp.zeros((config.text.hidden_size, len(_FACTS), _VALUES))
+    readers = readers_shape(config)
+    lower[READERS] = jnp.zeros(readers.shape, readers.dtype)
 
     def loss(
         lower: Params,
         frames: UInt8[Array, "B F height width 3"],
         facts: Int[Array, "B F N facts"],
-        weights: Float[Array, "B F N facts"],
     ) -> Float[Array, ""]:
-        readers = lower[_READERS]
-        model = bind(config, {**{p: x for p, x in lower.items() if p != _READERS}, **rest})
+        model = bind(config, {**lower, **rest})
         features = model.encode(frames.reshape(-1, *frames.shape[2:]))
         features = features.reshape(*facts.shape[:3], -1)
         visual = place_newlines(
@@ -85,27 +94,45 @@ def watch(
         x, rope = visual.embeds, model.language_model.rope(positions_of(visual.valid))
         for layer in model.language_model.layers[:depth]:
             x = layer.prefill(x, rope, visual.valid)[0]
+        facts = facts.reshape(facts.shape[0], -1, len(_FACTS))
         # The norm keeps the readers from seeing how large the states have grown.
-        x = model.language_model.norm(x[:, : facts[0, :, :, 0].size])
-        scores = jax.nn.log_softmax(jnp.einsum("bvd,dqc->bvqc", x, readers))
-        right = facts.reshape(*scores.shape[:3], 1)
-        likely = jnp.take_along_axis(scores, right, axis=3)[..., 0]
-        weights = weights.reshape(likely.shape)
-        return -(likely * weights).sum() / weights.sum()
+        x = model.language_model.norm(x[:, : facts.shape[1]])
+        return fact_loss(x, lower[READERS], facts)
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         numbers = range(step * _CLIPS, (step + 1) * _CLIPS)
         scenes = [task_clip("train", number, SceneSettings()).scene for number in numbers]
         facts = np.stack([facts_of(scene) for scene in scenes])
         frames = np.stack([draw(scene, config.vision.image_size) for scene in scenes])
-        return frames, facts, _weights(facts)
+        return frames, facts
 
     told = (lambda done: progress("following things", done, steps)) if progress else None
-    trained = teach(lower, loss, batch, steps, _RATE, told)
-    return {**rest, **{path: x for path, x in trained.items() if path != _READERS}}
+    return {**rest, **teach(lower, loss, batch, steps, _RATE, told)}
 
 
-_READERS = "readers"
+def readers_shape(config: LlavaConfig) -> jax.ShapeDtypeStruct:
+    """Of the weights under ``READERS``: a linear map to the values of each fact."""
+    return jax.ShapeDtypeStruct((config.text.hidden_size, len(_FACTS), _VALUES), jnp.float32)
+
+
+def fact_loss(
+    states: Float[Array, "B V D"],
+    readers: Float[Array, "D facts values"],
+    facts: Int[Array, "B V facts"],
+) -> Float[Array, ""]:
+    """Cross entropy of what the readers tell of visual tokens, in nats.
+
+    Full weight where a thing is or was, more where it has moved; little where nothing is.
+    """
+    is_thing = facts[..., _COLOUR, None] > 0
+    weights = jnp.where(is_thing, 1.0, 0.0)
+    weights = jnp.where(is_thing & _IS_WAY & (facts > 0), _MOVED_WEIGHT, weights)
+    weights = jnp.where(~is_thing & _IS_COLOUR, EMPTY_WEIGHT, weights)
+    gone = jnp.where(facts[..., _GONE, None] > 0, 1.0, EMPTY_WEIGHT)
+    weights = jnp.where(_IS_GONE, gone, weights)
+    scores = jax.nn.log_softmax(jnp.einsum("bvd,dqc->bvqc", states, readers))
+    likely = jnp.take_along_axis(scores, facts[..., None], axis=3)[..., 0]
+    return -(likely * weights).sum() / weights.sum()
 
 
 def facts_of(scene: Scene) -> Facts:
@@ -129,7 +156,7 @@ def facts_of(scene: Scene) -> Facts:
         if thing.is_brief:
             row, column = map(int, thing.cells[0])
             after = thing.appears + len(thing.cells)
-            facts[after:, row, column, _FACTS.index("gone")] = named[0]
+            facts[after:, row, column, _GONE] = named[0]
     return facts.reshape(scene.frames, GRID * GRID, len(_FACTS))
 
 
@@ -141,15 +168,3 @@ def _ways(thing: Thing, since: int) -> tuple[int, int]:
         if moved in _WAYS and _WAYS[moved] not in ways:
             ways.append(_WAYS[moved])
     return (*ways, 0, 0)[0], (*ways, 0, 0)[1]
-
-
-def _weights(facts: Int[np.ndarray, "B F N facts"]) -> Float[np.ndarray, "B F N facts"]:
-    """Full weight where a thing is or was, more where it has moved; little where nothing is."""
-    weights = np.zeros(facts.shape, np.float32)
-    colour, gone = _FACTS.index("colour"), _FACTS.index("gone")
-    weights[..., [colour, gone]] = EMPTY_WEIGHT
-    weights[..., :gone][facts[..., colour] > 0] = 1.0
-    weights[..., gone][facts[..., gone] > 0] = 1.0
-    for way in (_FACTS.index("first way"), _FACTS.index("second way")):
-        weights[..., way][facts[..., way] > 0] = _MOVED_WEIGHT
-    return weights

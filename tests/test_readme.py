@@ -1,0 +1,48 @@
+"""The README's figures are those of the stored evaluation, and that is of the model that ships."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dycoke_jax.assets import TINY
+from dycoke_jax.checkpoint import load_params, open_checkpoint
+from dycoke_jax.checkpoint.fingerprint import fingerprint
+from dycoke_jax.evaluation.questions import KINDS
+from dycoke_jax.evaluation.settings import HEADLINES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads((ROOT / "docs" / "accuracy.json").read_text())
+
+
+def test_evaluation_is_of_the_model_that_ships(stored):
+    checkpoint = open_checkpoint(str(TINY))
+    assert stored["evaluation"]["model"] == fingerprint(load_params(TINY, checkpoint.config))
+    assert stored["evaluation"]["clips"] == 1000
+
+
+def test_table_holds_the_stored_figures(stored):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    table = {row[0].strip("*"): row[1:] for row in rows}
+    for column, name in enumerate(HEADLINES, start=1):
+        result = stored["settings"][name]
+        assert table["visual tokens read"][column] == f"{result['merged']:.0f}"
+        assert table["attended to per step"][column] == f"{result['attended']:.0f}"
+        low, high = result["all"]["interval"]
+        wanted = f"{100 * result['all']['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+        assert table["all questions"][column].strip("*") == wanted
+        for kind in KINDS:
+            assert table[kind][column] == f"{100 * result['kinds'][kind]['accuracy']:.0f}"
+    for kind in KINDS:
+        assert table[kind][0] == f"{100 * stored['blind'][kind]:.0f}"
+
+
+def test_text_names_the_number_of_questions(stored):
+    asked = stored["settings"]["full"]["all"]["asked"]
+    assert re.search(rf"{asked:,} questions", (ROOT / "README.md").read_text())
