@@ -56,7 +56,7 @@ def test_facts_follow_a_thing():
 
 
 def test_facts_weigh_as_much_as_they_tell():
-    """By hand: an empty place, a thing at rest, a moved thing, and a place where one was briefly."""
+    """By hand: an empty place, a thing at rest, a moved one, and where one was briefly."""
     facts = np.zeros((1, 4, 9), np.int32)
     facts[0, :, :2] = 1
     facts[0, 1, 2:7] = [2, 3, 0, 0, 1]
