@@ -16,7 +16,7 @@ from dycoke_jax.training.batches import Example, pack, token_count
 from dycoke_jax.training.loss import Thinning, score_answers
 from dycoke_jax.training.run import Intervals, train
 from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix
-from dycoke_jax.training.step import Optimisation, module_of, start, train_step
+from dycoke_jax.training.step import Optimisation, module_of, schedule, start, train_step
 
 TOKENIZER = tiny_tokenizer()
 QUESTIONS = ("What is it?", "Which colour?", "How many are there?")
@@ -108,6 +108,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert float(measured.loss) == pytest.approx(float(again.loss), rel=1e-5)
     assert float(measured.gradient) == pytest.approx(float(again.gradient), rel=1e-4)
     assert int(parts.step) == int(whole.step) == 1
+
+
+def test_learning_rate_takes_a_second_course():
+    """Up to its beginning, nothing depends on it."""
+    twice = Optimisation(30, learning_rate=1e-2, warm_up=5, restart=20, restart_rate=4e-3)
+    rates = [float(schedule(twice)(step)) for step in range(30)]
+    once = schedule(Optimisation(20, learning_rate=1e-2, warm_up=5))
+    assert rates[:20] == [float(once(step)) for step in range(20)]
+    assert rates[20] == 0
+    assert max(rates[20:]) == rates[25] == pytest.approx(4e-3)
+    assert rates[25:] == sorted(rates[25:], reverse=True)
 
 
 def test_rematerialisation_changes_nothing_but_memory():
@@ -261,6 +272,7 @@ def test_what_cannot_be_packed_is_refused_or_left_out_as_said():
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"tower": -1.0}, "tower is -1"),
         ({"frozen_layers": -1}, "frozen_layers is -1"),
+        ({"restart": 4}, "it must come before step 4"),
         ({"language": 0.0, "tower": 0.0, "projector": 0.0}, "everything is frozen"),
     ],
 )

@@ -21,7 +21,7 @@ from dycoke_jax.inputs.processor import check_processor
 from dycoke_jax.inputs.prompts import load_tokenizer
 from dycoke_jax.inputs.video import FrameSampling, read_clip
 from dycoke_jax.models.llava import Params
-from dycoke_jax.training import tiny
+from dycoke_jax.training import alignment, tiny, watching
 from dycoke_jax.training.batches import Example, pack
 from dycoke_jax.training.loss import Thinning
 from dycoke_jax.training.records import RecordSource, read_records
@@ -29,7 +29,6 @@ from dycoke_jax.training.run import Intervals, Progress, Shapes, train
 from dycoke_jax.training.scoring import HeldOut, accuracy, task_held_out
 from dycoke_jax.training.sources import BatchShape, Source, Stage, TaskSource, ThinningMix
 from dycoke_jax.training.step import Optimisation
-from dycoke_jax.training.watching import READERS, readers_shape
 
 MODEL = "model"
 
@@ -143,6 +142,7 @@ def from_scratch(
         shutil.rmtree(words, ignore_errors=True)
     described = {
         "recipe": "tiny",
+        "lessons": {"align": alignment.STEPS, "watch": watching.STEPS},
         "sizes": dataclasses.asdict(tiny.SIZES),
         "stages": [dataclasses.asdict(stage) for stage in tiny.STAGES],
         "optimisation": dataclasses.asdict(tiny.OPTIMISATION),
@@ -160,7 +160,7 @@ def from_scratch(
         tiny.save_tokenizer,
         intervals,
         progress,
-        {READERS: readers_shape(tiny.SIZES)},
+        {watching.READERS: watching.readers_shape(tiny.SIZES)},
     )
 
 

@@ -33,6 +33,9 @@ class Optimisation:
         frozen_layers: layers of the language model, from the first, that stay as they are. What is
             frozen has no moments and costs no gradient.
         warm_up: steps in which the learning rate rises.
+        restart: step at which the learning rate, by then at zero, takes a second such course; 0:
+            none.
+        restart_rate: the highest of the second course.
         weight_decay: of matrices; biases, norms and the newline have none.
         clip: largest norm of the gradient.
         dtype: of the computation; weights and moments are float32.
@@ -46,6 +49,8 @@ class Optimisation:
     tower: float = 1.0
     frozen_layers: int = 0
     warm_up: int = 100
+    restart: int = 0
+    restart_rate: float = 0.0
     weight_decay: float = 0.01
     clip: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -57,10 +62,12 @@ class Optimisation:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        at_least_0 = ("language", "projector", "tower", "frozen_layers", "warm_up", "weight_decay")
-        for name in at_least_0:
+        modules = "language", "projector", "tower", "frozen_layers"
+        for name in (*modules, "warm_up", "restart", "restart_rate", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.restart >= self.steps:
+            raise ConfigError(f"restart is {self.restart}; it must come before step {self.steps}")
         if not (self.language or self.projector or self.tower):
             raise ConfigError("everything is frozen: language, projector and tower are all 0")
 
@@ -89,8 +96,19 @@ class Metrics(NamedTuple):
 
 def schedule(settings: Optimisation) -> optax.Schedule:
     """Learning rate of the language model by step."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, settings.warm_up, max(settings.steps, settings.warm_up + 1)
+
+    def course(rate: float, steps: int) -> optax.Schedule:
+        steps = max(steps, settings.warm_up + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, rate, settings.warm_up, steps)
+
+    if not settings.restart:
+        return course(settings.learning_rate, settings.steps)
+    return optax.join_schedules(
+        [
+            course(settings.learning_rate, settings.restart),
+            course(settings.restart_rate, settings.steps - settings.restart),
+        ],
+        [settings.restart],
     )
 
 

@@ -42,7 +42,8 @@ SIZES = LlavaConfig(
 # After the lessons of the eyes: short questions about every thing of a clip, of pictures and clips
 # in turn, and then the whole task. Most tokens of the whole task's answers are those of its long
 # ones, so what the short ones need is practised first; only in pictures, where there is less to
-# look at, things are soon found by their shape.
+# look at, things are soon found by their shape. Afterwards the directions of several moving things
+# are still taken for each other, so everything is practised once more, in turns.
 _GAPS = ThinningMix(merged=0.3, random=0.3, k=0.7)
 _CLIPS = BatchShape(rows=2, accumulate=8, width=224)
 _PICTURES = Stage(0, SceneSettings(1, 2, 6), BatchShape(24, accumulate=1, width=200), drill=True)
@@ -50,9 +51,21 @@ STAGES = (
     Stage(500, SceneSettings(16, 1, 5), _CLIPS, drill=True),
     Stage(400, SceneSettings(16, 1, 5), _CLIPS, drill=True, other=_PICTURES),
     Stage(2100, SceneSettings(16, 2, 5), _CLIPS, _GAPS),
+    Stage(
+        800,
+        SceneSettings(16, 2, 5),
+        _CLIPS,
+        _GAPS,
+        other=Stage(0, SceneSettings(16, 2, 5), _CLIPS, drill=True),
+    ),
 )
 OPTIMISATION = Optimisation(
-    steps=sum(stage.steps for stage in STAGES), learning_rate=2e-3, tower=0, projector=0
+    steps=sum(stage.steps for stage in STAGES),
+    learning_rate=2e-3,
+    restart=sum(stage.steps for stage in STAGES[:-1]),
+    restart_rate=1e-3,
+    tower=0,
+    projector=0,
 )
 
 
