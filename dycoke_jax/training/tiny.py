@@ -45,6 +45,7 @@ SIZES = LlavaConfig(
 # look at, things are soon found by their shape. Afterwards the directions of several moving things
 # are still taken for each other, so everything is practised once more, in turns.
 _GAPS = ThinningMix(merged=0.3, random=0.3, k=0.7)
+_MERGED = ThinningMix(merged=0.5, random=0.1, k=0.7)
 _CLIPS = BatchShape(rows=2, accumulate=8, width=224)
 _PICTURES = Stage(0, SceneSettings(1, 2, 6), BatchShape(24, accumulate=1, width=200), drill=True)
 STAGES = (
@@ -55,8 +56,8 @@ STAGES = (
         800,
         SceneSettings(16, 2, 5),
         _CLIPS,
-        _GAPS,
-        other=Stage(0, SceneSettings(16, 2, 5), _CLIPS, drill=True),
+        _MERGED,
+        other=Stage(0, SceneSettings(16, 2, 5), _CLIPS, _MERGED, drill=True),
     ),
 )
 OPTIMISATION = Optimisation(
