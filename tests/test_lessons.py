@@ -9,10 +9,12 @@ from tokenizers_for_tests import tiny_tokenizer
 from dycoke_jax import DycokeError
 from dycoke_jax.evaluation.scenes import Cell, Scene, SceneSettings, Thing
 from dycoke_jax.inputs.prompts import load_tokenizer
-from dycoke_jax.models.llava import random_params
+from dycoke_jax.models.llava import bind, random_params
+from dycoke_jax.models.qwen2 import positions_of
 from dycoke_jax.training import tiny, watching
 from dycoke_jax.training.alignment import align
 from dycoke_jax.training.batches import pack
+from dycoke_jax.training.foresight import foresight_loss, visual_attention
 from dycoke_jax.training.lessons import teach
 from dycoke_jax.training.loss import Thinning, score_answers
 from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, task_example
@@ -92,7 +94,7 @@ def test_facts_are_learned_beside_the_answers(tmp_path, thinning):
         return score_answers(tiny.SIZES, params, batch, thinning=thinning, key=key)
 
     def beside(params):
-        return score(params, batch).facts
+        return score(params, batch).beside
 
     gradient = jax.jit(jax.grad(beside))(params)
     for path, slope in gradient.items():
@@ -102,8 +104,78 @@ def test_facts_are_learned_beside_the_answers(tmp_path, thinning):
         assert not lower or slope.any(), path
     with_facts = jax.jit(score)(params, batch)
     without = jax.jit(score)(params, batch._replace(facts=None))
-    assert float(with_facts.facts) > 0 == float(without.facts)
+    assert float(with_facts.beside) > 0 == float(without.beside)
     assert float(with_facts.loss) == pytest.approx(float(without.loss), rel=1e-6)
+
+
+def packed(tmp_path):
+    """A clip of the task with its questions, and weights that do not look at everything alike."""
+    tiny.save_tokenizer(tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    example = task_example("train", 0, SceneSettings(), 64)
+    params = {path: 5 * x if x.ndim == 2 else x for path, x in random_params(tiny.SIZES).items()}
+    return params, pack(tokenizer, [example, example], 300)
+
+
+def test_attention_of_questions_is_that_of_the_layer(tmp_path):
+    """Row for row the weights that a decoding step would give, in the mean of the heads."""
+    params, batch = packed(tmp_path)
+    layer = bind(tiny.SIZES, params).language_model.layers[1]
+    random = np.random.default_rng(0)
+    length, shared, visual = 40, 25, slice(5, 22)
+    x = jnp.asarray(random.standard_normal((2, length, tiny.SIZES.text.hidden_size)), jnp.float32)
+    valid = jnp.asarray(random.random((2, length)) < 0.8).at[:, 0].set(True)
+    parts = jnp.asarray(np.where(np.arange(length) < shared, 0, 1 + np.arange(length) % 2))
+    parts = jnp.broadcast_to(parts, (2, length))
+    rope = bind(tiny.SIZES, params).language_model.rope(positions_of(valid))
+    got = visual_attention(layer, x, rope, valid, parts, visual, shared)
+    _, cache = layer.prefill(x, rope, valid, parts)
+    for query in range(shared, length):
+        of_query = tuple(turn[:, :, query : query + 1] for turn in rope)
+        own = (parts == 0) | (parts == parts[:, query, None])
+        seen = valid & own & (np.arange(length) <= query)
+        weights = layer.attention_of(x[:, query : query + 1], of_query, cache, seen)
+        wanted = weights[:, :, visual].mean(1)
+        np.testing.assert_allclose(got[:, query - shared], wanted, atol=1e-6)
+
+
+def test_foresight_is_best_where_both_look_at_the_same():
+    """Whatever the text and newlines get; and what is not counted does not count."""
+    random = np.random.default_rng(0)
+    late = jnp.asarray(random.random((2, 1, 3, 6)) ** 4, jnp.float32)
+    is_visual = jnp.asarray([[True, True, False, True, True, True]])
+    counts = jnp.asarray([[True, False, True]])
+    alike = foresight_loss(late.mean(0) * 0.1, late, is_visual, counts)
+    other = jnp.asarray(random.random((1, 3, 6)), jnp.float32)
+    assert float(foresight_loss(other, late, is_visual, counts)) > float(alike) + 0.1
+    elsewhere = other.at[:, 1].set(0.3).at[:, :, 2].set(0.9)
+    for early in (other, elsewhere):
+        assert float(foresight_loss(early, late, is_visual, counts)) == pytest.approx(
+            float(foresight_loss(other, late, is_visual, counts)), rel=1e-6
+        )
+    slope = jax.grad(foresight_loss, argnums=1)(other, late, is_visual, counts)
+    assert not slope.any(), "the layers that read are not to learn to look where the other looks"
+
+
+def test_foresight_teaches_the_layer_that_chooses(tmp_path):
+    """Its gradient goes to the layers up to that one, and a few steps lower it."""
+    params, batch = packed(tmp_path)
+    thinning = Thinning(0, pruned_layer=3)
+
+    def beside(params):
+        return score_answers(tiny.SIZES, params, batch, thinning=thinning).beside
+
+    both = jax.jit(jax.value_and_grad(beside))
+    first, gradient = both(params)
+    for path, slope in gradient.items():
+        later = path.startswith(tuple(f"language_model.layers.{n}." for n in (3, 4, 5)))
+        assert not later or not slope.any(), path
+    assert gradient["language_model.layers.2.self_attn.q_proj.weight"].any()
+    for _ in range(5):
+        loss, gradient = both(params)
+        norm = jnp.sqrt(sum((slope**2).sum() for slope in gradient.values()))
+        params = {path: x - 0.3 * gradient[path] / norm for path, x in params.items()}
+    assert float(loss) < float(first) - 0.05
 
 
 def test_stages_may_take_turns():

@@ -16,7 +16,7 @@ from dycoke_jax.training.batches import Example, pack, token_count
 from dycoke_jax.training.loss import Thinning, score_answers
 from dycoke_jax.training.run import Intervals, train
 from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix
-from dycoke_jax.training.step import Optimisation, module_of, schedule, start, train_step
+from dycoke_jax.training.step import Course, Optimisation, module_of, schedule, start, train_step
 
 TOKENIZER = tiny_tokenizer()
 QUESTIONS = ("What is it?", "Which colour?", "How many are there?")
@@ -112,7 +112,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 def test_learning_rate_takes_a_second_course():
     """Up to its beginning, nothing depends on it."""
-    twice = Optimisation(30, learning_rate=1e-2, warm_up=5, restart=20, restart_rate=4e-3)
+    courses = (Course(20, 4e-3),)
+    twice = Optimisation(30, learning_rate=1e-2, warm_up=5, courses=courses)
     rates = [float(schedule(twice)(step)) for step in range(30)]
     once = schedule(Optimisation(20, learning_rate=1e-2, warm_up=5))
     assert rates[:20] == [float(once(step)) for step in range(20)]
@@ -272,7 +273,7 @@ def test_what_cannot_be_packed_is_refused_or_left_out_as_said():
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"tower": -1.0}, "tower is -1"),
         ({"frozen_layers": -1}, "frozen_layers is -1"),
-        ({"restart": 4}, "it must come before step 4"),
+        ({"courses": (Course(4, 1e-3),)}, "give ascending steps within the run"),
         ({"language": 0.0, "tower": 0.0, "projector": 0.0}, "everything is frozen"),
     ],
 )

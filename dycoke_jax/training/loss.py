@@ -15,7 +15,11 @@ from dycoke_jax.generation.assemble import Visual, place_newlines
 from dycoke_jax.models.llava import Llava, Params, bind
 from dycoke_jax.models.qwen2 import positions_of
 from dycoke_jax.training.batches import Batch
+from dycoke_jax.training.foresight import foresight_loss, visual_attention
 from dycoke_jax.training.watching import DEPTH, READERS, fact_loss
+
+FACTS_WEIGHT, FORESIGHT_WEIGHT = 0.5, 0.5
+"""Of what is learned beside the answers, in the loss."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,13 @@ class Thinning:
     Attributes:
         k: as temporal token merging with this share keeps them (see ``DyCoke.k``).
         at_random: as many tokens, but drawn at random.
+        pruned_layer: layer from which they are to be pruned while decoding (``DyCoke.layer``): the
+            one before it learns to attend to what the later ones read, see ``foresight``. 0: none.
     """
 
     k: float
     at_random: bool = False
+    pruned_layer: int = 0
 
 
 class Scores(NamedTuple):
@@ -38,8 +45,9 @@ class Scores(NamedTuple):
     """Cross entropy in nats, summed over tokens."""
     tokens: Int[Array, ""]
     right_tokens: Int[Array, ""]
-    facts: Float[Array, ""]
-    """What ``watching.fact_loss`` says of the batch's facts; 0 where none are given."""
+    beside: Float[Array, ""]
+    """Losses of what is learned beside the answers (``watching.fact_loss`` where the batch has
+    facts, ``foresight_loss`` for a pruned layer), weighted."""
     right: Bool[Array, "B parts"]
     """Whether every token of a part's answer was the most likely one, from part 1 on: greedy
     decoding would then have said just this answer."""
@@ -81,13 +89,20 @@ def score_answers(
     positions = jnp.concatenate([positions_of(shared), before + batch.offset], axis=1)
     parts = jnp.pad(batch.part, ((0, 0), (shared.shape[1], 0)))
     rope = model.language_model.rope(positions)
-    beside = jnp.float32(0)
-    for number, layer in enumerate(model.language_model.layers, start=1):
+    first, pruned_layer = batch.prefix.shape[1], thinning.pruned_layer if thinning else 0
+    slots = slice(first, shared.shape[1])
+    beside, read = jnp.float32(0), []
+    for number, layer in enumerate(model.language_model.layers):
+        if pruned_layer and number >= pruned_layer - 1:
+            read.append(visual_attention(layer, x, rope, valid, parts, slots, slots.stop))
         x = again(lambda x, layer=layer: layer.prefill(x, rope, valid, parts)[0])(x)
-        if facts is not None and number == DEPTH:
-            first = batch.prefix.shape[1]
+        if facts is not None and number == DEPTH - 1:
             states = model.language_model.norm(x[:, first : first + facts.shape[1]])
-            beside = fact_loss(states, params[READERS], facts)
+            beside += FACTS_WEIGHT * fact_loss(states, params[READERS], facts)
+    if read:
+        early, late = read[0], jnp.stack(read[1:])
+        loss = foresight_loss(early, late, visual.is_visual & visual.valid, batch.is_answer)
+        beside += FORESIGHT_WEIGHT * loss
     logits = model.logits(model.language_model.norm(x[:, shared.shape[1] :]))
 
     # A slot predicts the next one; an answer never begins its part, so the two are of one part.
@@ -100,7 +115,7 @@ def score_answers(
     return Scores(
         loss=-(likely * wanted).sum(),
         tokens=wanted.sum(dtype=jnp.int32),
-        facts=beside,
+        beside=beside,
         right_tokens=(right & wanted).sum(dtype=jnp.int32),
         right=(wrong == 0) & (asked > 0),
         asked=asked > 0,

@@ -69,11 +69,13 @@ class ThinningMix:
         merged: share of the steps with temporal token merging.
         random: share of the steps that drop as many tokens at random.
         k: share of a compared frame's tokens that goes.
+        pruned_layer: of all steps, see ``Thinning``.
     """
 
     merged: float = 0.0
     random: float = 0.0
     k: float = 0.7
+    pruned_layer: int = 0
 
     def __post_init__(self) -> None:
         if min(self.merged, self.random) < 0 or self.merged + self.random > 1:
@@ -84,9 +86,10 @@ class ThinningMix:
     def choose(self, step: int, seed: int) -> Thinning | None:
         """What a step does."""
         drawn = np.random.default_rng([seed, step, 3]).random()
-        if drawn < self.merged:
-            return Thinning(self.k)
-        return Thinning(self.k, at_random=True) if drawn < self.merged + self.random else None
+        if drawn >= self.merged + self.random:
+            return Thinning(0, pruned_layer=self.pruned_layer) if self.pruned_layer else None
+        at_random = drawn >= self.merged
+        return Thinning(self.k, at_random=at_random, pruned_layer=self.pruned_layer)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,14 @@ from dycoke_jax.models.llava import Params
 from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.loss import Scores, Thinning, score_answers
 
-FACTS_WEIGHT = 0.5
-"""Of what is learned beside the answers, in the loss."""
+
+class Course(NamedTuple):
+    """Some steps in which the learning rate rises and falls to zero again."""
+
+    start: int
+    """The first step."""
+    learning_rate: float
+    """The highest."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,8 @@ class Optimisation:
         frozen_layers: layers of the language model, from the first, that stay as they are. What is
             frozen has no moments and costs no gradient.
         warm_up: steps in which the learning rate rises.
-        restart: step at which the learning rate, by then at zero, takes a second such course; 0:
-            none.
-        restart_rate: the highest of the second course.
+        courses: further courses of the learning rate, each with such a warm-up and cosine; the one
+            before it then ends where it starts.
         weight_decay: of matrices; biases, norms and the newline have none.
         clip: largest norm of the gradient.
         dtype: of the computation; weights and moments are float32.
@@ -49,8 +54,7 @@ class Optimisation:
     tower: float = 1.0
     frozen_layers: int = 0
     warm_up: int = 100
-    restart: int = 0
-    restart_rate: float = 0.0
+    courses: tuple[Course, ...] = ()
     weight_decay: float = 0.01
     clip: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,11 +67,12 @@ class Optimisation:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         modules = "language", "projector", "tower", "frozen_layers"
-        for name in (*modules, "warm_up", "restart", "restart_rate", "weight_decay"):
+        for name in (*modules, "warm_up", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.restart >= self.steps:
-            raise ConfigError(f"restart is {self.restart}; it must come before step {self.steps}")
+        starts = [0, *(course.start for course in self.courses), self.steps]
+        if starts != sorted(set(starts)):
+            raise ConfigError(f"courses start at {starts[1:-1]}; give ascending steps within the run")
         if not (self.language or self.projector or self.tower):
             raise ConfigError("everything is frozen: language, projector and tower are all 0")
 
@@ -97,18 +102,17 @@ class Metrics(NamedTuple):
 def schedule(settings: Optimisation) -> optax.Schedule:
     """Learning rate of the language model by step."""
 
-    def course(rate: float, steps: int) -> optax.Schedule:
-        steps = max(steps, settings.warm_up + 1)
-        return optax.warmup_cosine_decay_schedule(0.0, rate, settings.warm_up, steps)
-
-    if not settings.restart:
-        return course(settings.learning_rate, settings.steps)
+    courses = [Course(0, settings.learning_rate), *settings.courses]
+    ends = [*(course.start for course in settings.courses), settings.steps]
+    warm_up = settings.warm_up
     return optax.join_schedules(
         [
-            course(settings.learning_rate, settings.restart),
-            course(settings.restart_rate, settings.steps - settings.restart),
+            optax.warmup_cosine_decay_schedule(
+                0.0, course.learning_rate, warm_up, max(end - course.start, warm_up + 1)
+            )
+            for course, end in zip(courses, ends, strict=True)
         ],
-        [settings.restart],
+        ends[:-1],
     )
 
 
@@ -201,7 +205,7 @@ def train_step(
             rematerialise=settings.rematerialise,
         )
         # The sum over tokens is divided by their number below; so must this be.
-        return scores.loss + FACTS_WEIGHT * scores.facts * scores.tokens, scores
+        return scores.loss + scores.beside * scores.tokens, scores
 
     def accumulate(total: tuple, part_and_key: tuple[Batch, Array]) -> tuple[tuple, None]:
         (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *part_and_key)

@@ -1,9 +1,11 @@
 """How the checkpoint that ships was made: its sizes, its tokenizer, its lessons."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dycoke_jax.checkpoint.untrained import save_byte_tokenizer
+from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
 from dycoke_jax.engine import Progress
 from dycoke_jax.evaluation.scenes import SceneSettings
@@ -13,7 +15,7 @@ from dycoke_jax.models.llava import Params, random_params
 from dycoke_jax.training import watching
 from dycoke_jax.training.alignment import align
 from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix
-from dycoke_jax.training.step import Optimisation
+from dycoke_jax.training.step import Course, Optimisation
 
 SIZES = LlavaConfig(
     vision=VisionConfig(
@@ -43,9 +45,11 @@ SIZES = LlavaConfig(
 # in turn, and then the whole task. Most tokens of the whole task's answers are those of its long
 # ones, so what the short ones need is practised first; only in pictures, where there is less to
 # look at, things are soon found by their shape. Afterwards the directions of several moving things
-# are still taken for each other, so everything is practised once more, in turns.
+# are still taken for each other, so everything is practised once more, in turns. At last the layer
+# that chooses for KV pruning learns to look at what the others read (see ``foresight``).
 _GAPS = ThinningMix(merged=0.3, random=0.3, k=0.7)
 _MERGED = ThinningMix(merged=0.5, random=0.1, k=0.7)
+_PRUNED = replace(_MERGED, pruned_layer=DyCoke().layer)
 _CLIPS = BatchShape(rows=2, accumulate=8, width=224)
 _PICTURES = Stage(0, SceneSettings(1, 2, 6), BatchShape(24, accumulate=1, width=200), drill=True)
 STAGES = (
@@ -59,12 +63,12 @@ STAGES = (
         _MERGED,
         other=Stage(0, SceneSettings(16, 2, 5), _CLIPS, _MERGED, drill=True),
     ),
+    Stage(800, SceneSettings(16, 2, 5), _CLIPS, _PRUNED),
 )
 OPTIMISATION = Optimisation(
     steps=sum(stage.steps for stage in STAGES),
     learning_rate=2e-3,
-    restart=sum(stage.steps for stage in STAGES[:-1]),
-    restart_rate=1e-3,
+    courses=(Course(3000, 1e-3), Course(3800, 1e-3)),
     tower=0,
     projector=0,
 )
