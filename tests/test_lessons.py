@@ -119,7 +119,7 @@ def packed(tmp_path):
 
 def test_attention_of_questions_is_that_of_the_layer(tmp_path):
     """Row for row the weights that a decoding step would give, in the mean of the heads."""
-    params, batch = packed(tmp_path)
+    params, _ = packed(tmp_path)
     layer = bind(tiny.SIZES, params).language_model.layers[1]
     random = np.random.default_rng(0)
     length, shared, visual = 40, 25, slice(5, 22)
@@ -171,11 +171,11 @@ def test_foresight_teaches_the_layer_that_chooses(tmp_path):
         later = path.startswith(tuple(f"language_model.layers.{n}." for n in (3, 4, 5)))
         assert not later or not slope.any(), path
     assert gradient["language_model.layers.2.self_attn.q_proj.weight"].any()
-    for _ in range(5):
+    for _ in range(10):
         loss, gradient = both(params)
         norm = jnp.sqrt(sum((slope**2).sum() for slope in gradient.values()))
-        params = {path: x - 0.3 * gradient[path] / norm for path, x in params.items()}
-    assert float(loss) < float(first) - 0.05
+        params = {path: x - 0.05 * gradient[path] / norm for path, x in params.items()}
+    assert float(loss) < float(first) - 0.07
 
 
 def test_stages_may_take_turns():

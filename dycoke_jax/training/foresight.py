@@ -1,10 +1,9 @@
 """A lesson beside the questions: to attend early to what will be read late.
 
-KV pruning shows the later layers only those visual tokens that one layer before them attends to.
-Layers of large models look at much the same things, so this costs them little. A model of six
-layers divides the work between them: its third layer need not look at what its fifth one reads. Here
-it learns to. What the later layers attend to, when everything is shown to them, is the target of
-the attention that chooses.
+KV pruning shows the later layers only those visual tokens that one layer before them attends to. It
+takes layers to look at much the same things. A model of six layers divides the work between them:
+its third layer need not look at what its fifth one reads. Here it learns to. What the later layers
+attend to, when everything is shown to them, is the target of the attention that chooses.
 """
 
 import jax

@@ -72,7 +72,9 @@ class Optimisation:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         starts = [0, *(course.start for course in self.courses), self.steps]
         if starts != sorted(set(starts)):
-            raise ConfigError(f"courses start at {starts[1:-1]}; give ascending steps within the run")
+            raise ConfigError(
+                f"courses start at {starts[1:-1]}; give ascending steps within the run"
+            )
         if not (self.language or self.projector or self.tower):
             raise ConfigError("everything is frozen: language, projector and tower are all 0")
 
@@ -101,7 +103,6 @@ class Metrics(NamedTuple):
 
 def schedule(settings: Optimisation) -> optax.Schedule:
     """Learning rate of the language model by step."""
-
     courses = [Course(0, settings.learning_rate), *settings.courses]
     ends = [*(course.start for course in settings.courses), settings.steps]
     warm_up = settings.warm_up
