@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -137,9 +137,9 @@ def longest_of_each_clip(asked: Sequence[Asked]) -> list[Asked]:
     return list(longest.values())
 
 
-def show(asked: Sequence[Asked], sides: dict[str, Side], file: IO[str]) -> None:
-    """Writes the answers, the counts, the times and the verdict as tables."""
-    console = Console(file=file, highlight=False)
+def show(asked: Sequence[Asked], sides: dict[str, Side]) -> None:
+    """Prints the answers, the counts, the times and the verdict as tables."""
+    console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)
     answers = Table(show_lines=True)
     for column in ("clip", "question", "right answer", *sides):

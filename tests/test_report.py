@@ -12,7 +12,7 @@ from dycoke_jax import DycokeError
 from dycoke_jax.evaluation import report
 from dycoke_jax.evaluation.accuracy import Result
 from dycoke_jax.evaluation.questions import KINDS
-from dycoke_jax.evaluation.settings import HEADLINES, SWEEPS
+from dycoke_jax.evaluation.settings import DEFAULT, HEADLINES, SWEEPS
 
 DESCRIBED = {"model": "abc", "clips": 2}
 BLIND = dict.fromkeys(KINDS, 0.25)
@@ -60,11 +60,13 @@ def test_table_says_what_is_lost_and_what_guessing_gives():
     assert "25.0" in blind
 
 
-def test_settings_of_a_family_differ_in_numbers_only():
-    families = {report.family(name) for name in HEADLINES | SWEEPS}
-    assert families == {
+def test_settings_of_one_line_differ_in_one_number():
+    lines = report.sweeps(list(HEADLINES | SWEEPS))
+    assert lines.keys() == {
         "full",
-        "paper",
+        "paper, K",
+        "paper, P",
+        "paper, L",
         "paper drop",
         "official",
         "stage 1 only",
@@ -72,6 +74,9 @@ def test_settings_of_a_family_differ_in_numbers_only():
         "random tokens",
         "whole frames",
     }
+    assert lines["full"] == ["full"]
+    assert set(lines["paper, P"]) == {DEFAULT, "paper K=0.7 P=0.5 L=3", "paper K=0.7 P=0.9 L=3"}
+    assert {name for names in lines.values() for name in names} == (HEADLINES | SWEEPS).keys()
 
 
 def test_plot_is_a_picture(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -204,5 +203,5 @@ def demo(
         measured = demonstration.as_json(asked, sides)
         print(json.dumps(measured | {"picture": str(picture)}))
         return
-    demonstration.show(asked, sides, sys.stdout)
+    demonstration.show(asked, sides)
     say(f"wrote {picture}: what DyCoke dropped is dark, what later layers attended to is framed")

@@ -1,6 +1,7 @@
 """Results as a file, a table and a plot."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -146,10 +147,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    families: dict[str, list[Result]] = {}
-    for result in results:
-        families.setdefault(family(result.name), []).append(result)
-    for name, members in families.items():
+    by_name = {result.name: result for result in results}
+    for name, names in sweeps(list(by_name)).items():
+        members = [by_name[member] for member in names]
         for axes, of_result in ((left, _merged), (right, _attended)):
             ordered = sorted(members, key=of_result)
             x = [of_result(result) for result in ordered]
@@ -168,9 +168,37 @@ def plot(results: Sequence[Result], path: Path) -> None:
     write_file(path, png.getvalue())
 
 
-def family(name: str) -> str:
-    """Settings that differ in one number: the name without it."""
-    return " ".join(word for word in name.split() if "=" not in word) or name
+def sweeps(names: Sequence[str]) -> dict[str, list[str]]:
+    """Settings that belong on one line: of one method, all numbers but one alike.
+
+    Args:
+        names: words, and numbers such as ``K=0.7``; what most settings of a method have is its
+            usual number.
+
+    Returns:
+        Names by the label of their line: the method, and which number changes where several do.
+    """
+    methods: dict[str, list[str]] = {}
+    for name in names:
+        method = " ".join(word for word in name.split() if "=" not in word)
+        methods.setdefault(method, []).append(name)
+    lines = {}
+    for method, members in methods.items():
+        numbers = {name: dict(w.split("=") for w in name.split() if "=" in w) for name in members}
+        letters = dict.fromkeys(letter for of_name in numbers.values() for letter in of_name)
+        usual = {}
+        for letter in letters:
+            counts = Counter(of_name.get(letter) for of_name in numbers.values())
+            usual[letter] = counts.most_common(1)[0][0]
+        changing = [x for x in letters if len({of_name.get(x) for of_name in numbers.values()}) > 1]
+        for changed in changing or [None]:
+            label = f"{method}, {changed}" if len(changing) > 1 else method
+            lines[label] = [
+                name
+                for name, of_name in numbers.items()
+                if all(of_name.get(x) == usual[x] for x in letters if x != changed)
+            ]
+    return lines
 
 
 def _merged(result: Result) -> float:
