@@ -100,7 +100,8 @@ def table(results: Sequence[Result], blind: Mapping[str, float]) -> Table:
 
     Args:
         results: the first one is what the others are compared with.
-        blind: share of right answers of who never sees a clip, by kind.
+        blind: share of right answers of who never sees a clip, by kind. Few clips may leave kinds
+            of questions unasked: their places stay empty.
     """
     shown = Table()
     shown.add_column("setting", no_wrap=True)
@@ -116,11 +117,14 @@ def table(results: Sequence[Result], blind: Mapping[str, float]) -> Table:
             f"{100 * whole.accuracy:.1f}",
             f"{100 * low:.1f}-{100 * high:.1f}",
             f"{100 * (full - whole.accuracy):.1f}",
-            *(_percent(result.kinds[kind].accuracy) for kind in KINDS),
+            *(
+                _percent(result.kinds[kind].accuracy) if kind in result.kinds else ""
+                for kind in KINDS
+            ),
         )
-    asked = {kind: results[0].kinds[kind].asked for kind in KINDS}
+    asked = {kind: tally.asked for kind, tally in results[0].kinds.items()}
     whole_blind = sum(blind[kind] * count for kind, count in asked.items()) / sum(asked.values())
-    chance = (_percent(blind[kind]) for kind in KINDS)
+    chance = (_percent(blind[kind]) if kind in blind else "" for kind in KINDS)
     shown.add_row("blind guess", "0", "0", f"{100 * whole_blind:.1f}", "", "", *chance)
     return shown
 
@@ -191,7 +195,7 @@ def sweeps(names: Sequence[str]) -> dict[str, list[str]]:
             counts = Counter(of_name.get(letter) for of_name in numbers.values())
             usual[letter] = counts.most_common(1)[0][0]
         changing = [x for x in letters if len({of_name.get(x) for of_name in numbers.values()}) > 1]
-        for changed in changing or [None]:
+        for changed in changing or [""]:
             label = f"{method}, {changed}" if len(changing) > 1 else method
             lines[label] = [
                 name
