@@ -1,22 +1,42 @@
+"""Set-up of the test processes, and fixtures that several modules use."""
+
 import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import jaxtyping
+import pytest
 
 # Nothing in the tests may look for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import hypothesis
-import jax
-import jaxtyping
-import pytest
+# jax reads its settings from the environment when it is imported, and so do processes that tests
+# start. Most of the time of the tests goes into compiling, so compiled programs are kept between
+# runs. The key of a stored program is the program with its flags and versions: what is found is
+# what would have been compiled.
+assert "jax" not in sys.modules
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dycoke_jax-tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Test processes share the cores: each takes its part of the threads.
+    _THREADS = str(max(1, (os.cpu_count() or 1) // int(workers)))
+    os.environ.setdefault("NPROC", _THREADS)  # of XLA
+    os.environ.setdefault("OMP_NUM_THREADS", _THREADS)  # of torch
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("default")
+
+MANY_MAPS = 30_000
+"""Memory maps of a process after which its compiled programs are forgotten; Linux allows some
+65,000, and a program holds about 150."""
 
 
 @pytest.fixture(scope="session")
 def golden():
     """Folder of what the authors' code computes."""
-    from pathlib import Path
-
     return Path(__file__).parent / "golden"
 
 
@@ -28,8 +48,9 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _forget_programs():
-    """Each compiled program holds memory maps, of which a process may have some 65,000 on Linux."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        sys.modules["jax"].clear_caches()

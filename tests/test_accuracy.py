@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_model
+from support.tiny import tiny_model
 
 from dycoke_jax import DyCoke, DycokeError
 from dycoke_jax.compression.protocol import Compressor

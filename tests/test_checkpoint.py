@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from checkpoints import (
+from support.checkpoints import (
     lmms_lab_name,
     read_tensors,
     same_bits,

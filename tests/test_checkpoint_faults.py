@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import read_tensors, tiny_llava_hf, to_lmms_lab, write_tensors
 from huggingface_hub import errors
+from support.checkpoints import read_tensors, tiny_llava_hf, to_lmms_lab, write_tensors
 
 from dycoke_jax.checkpoint import (
     CheckpointWarning,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import cut, real_clip, write_clip, write_sound
+from support.clips import cut, real_clip, write_clip, write_sound
 
 from dycoke_jax import LlavaVideo, __version__, cli
 
@@ -152,7 +152,7 @@ def test_usage_errors_exit_with_two():
 
 
 def test_convert_there_and_back(model, tmp_path):
-    from checkpoints import read_tensors, same_bits
+    from support.checkpoints import read_tensors, same_bits
 
     assert run_main("convert", model, tmp_path / "orbax")[0] == 0
     assert run_main("convert", tmp_path / "orbax", tmp_path / "hf", "--to", "llava-hf")[0] == 0

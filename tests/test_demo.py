@@ -4,8 +4,8 @@ import json
 import time
 
 import pytest
-from clips import real_clip
 from PIL import Image
+from support.clips import real_clip
 from test_cli import run_main
 
 from dycoke_jax import LlavaVideo, demo

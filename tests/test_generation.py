@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import Qwen2, paper_merge
-from tiny import tiny_model, video
+from support.reference import Qwen2, paper_merge
+from support.tiny import tiny_model, video
 
 from dycoke_jax import DyCoke, LlavaVideo
 from dycoke_jax.compression import dycoke, kv_pruning, ttm

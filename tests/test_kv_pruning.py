@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Qwen2, kept_of
 from safetensors.numpy import load_file
+from support.reference import Qwen2, kept_of
 
 from dycoke_jax import DyCoke
 from dycoke_jax.cache import Slots

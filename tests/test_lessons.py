@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers_for_tests import tiny_tokenizer
+from support.tokenizers import tiny_tokenizer
 
 from dycoke_jax import DycokeError
 from dycoke_jax.evaluation.scenes import Cell, Scene, SceneSettings, Thing

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from checkpoints import VIDEO_TOKEN, tiny_llava_hf, to_lmms_lab
-from tokenizers_for_tests import tiny_tokenizer
+from support.checkpoints import VIDEO_TOKEN, tiny_llava_hf, to_lmms_lab
+from support.tokenizers import tiny_tokenizer
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from dycoke_jax import LlavaVideo, checkpoint

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tokenizers import CONTROL, PLACES, qwen2_tokenizer, tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from tokenizers_for_tests import CONTROL, PLACES, qwen2_tokenizer, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dycoke_jax.errors import CheckpointError, PromptError

@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 
 import pytest
-from clips import write_clip
+from support.clips import write_clip
 from typer.testing import CliRunner
 
 from dycoke_jax import DycokeError
@@ -69,7 +69,7 @@ def source(clips, tokenizer, width=120, count=9):
 
 @pytest.fixture
 def tokenizer():
-    from tokenizers_for_tests import tiny_tokenizer
+    from support.tokenizers import tiny_tokenizer
 
     return tiny_tokenizer()
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from PIL import Image
-from reference import paper_merge
-from tiny import tiny_model, video
+from support.reference import paper_merge
+from support.tiny import tiny_model, video
 
 from dycoke_jax import DyCoke, DycokeError
 from dycoke_jax.drawing import paint_frames, save, sheet

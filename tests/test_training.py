@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_model, video
-from tokenizers_for_tests import tiny_tokenizer
+from support.tiny import tiny_model, video
+from support.tokenizers import tiny_tokenizer
 
 from dycoke_jax import DyCoke, DycokeError
 from dycoke_jax.evaluation.scenes import SceneSettings

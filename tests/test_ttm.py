@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import cosine, paper_merge
+from support.reference import cosine, paper_merge
 
 from dycoke_jax import DyCoke
 from dycoke_jax.compression.ttm import similarity_map

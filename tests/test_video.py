@@ -7,7 +7,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import (
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from support.clips import (
     cut,
     frame_numbers,
     numbered_frame,
@@ -18,9 +21,6 @@ from clips import (
     write_clip,
     write_sound,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 
 from dycoke_jax.errors import ConfigError, VideoError
 from dycoke_jax.inputs import (

@@ -14,7 +14,7 @@ _BITS = 8  # stripes across a frame, dark for 0 and bright for 1
 
 def real_clip() -> Path:
     """H.264 in MP4, 384x216, 25 frames a second, 132 frames (see data/ATTRIBUTION.md)."""
-    return Path(__file__).parent / "data" / "bunny.mp4"
+    return Path(__file__).parent.parent / "data" / "bunny.mp4"
 
 
 def numbered_frame(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:

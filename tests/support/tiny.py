@@ -1,11 +1,11 @@
 """A small model without files, for tests of generation."""
 
 import numpy as np
-from tokenizers_for_tests import tiny_tokenizer
 
 from dycoke_jax import LlavaVideo
 from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
 from dycoke_jax.models.llava import random_params
+from support.tokenizers import tiny_tokenizer
 
 SIDE = 98
 
