@@ -1,5 +1,6 @@
 """KV pruning while decoding: the authors' results, the paper's text, rows on their own."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -22,6 +23,8 @@ from dycoke_jax.generation.prefill import last_attention, read_prompt, start
 from dycoke_jax.generation.state import Limits, take_token
 from dycoke_jax.models.llava import bind, random_params
 
+PREFIX, QUESTION = 6, 9
+"""Text slots of a prompt. Rows fill some of them; one size for all tests saves compilations."""
 NO_VISION = VisionConfig(8, 8, 1, 1, patch_size=14, image_size=56)
 step = jax.jit(
     lambda config, params, state, pruning, slots: decode_step(
@@ -29,6 +32,20 @@ step = jax.jit(
     ),
     static_argnums=(0, 3, 4),
 )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "pruning", "generated"))
+def read(config, params, visual, text, pruning, generated):
+    """The state before the first token, of prompts that may have empty slots."""
+    model = bind(config, params)
+    prompt = read_prompt(model, visual, text)
+    slots = slice(text.prefix.shape[1], text.prefix.shape[1] + visual.valid.shape[1])
+    last = slots.stop + text.question_length - 1
+    scores = last_attention(model, prompt, pruning.layer - 1, last)[:, :, slots].mean(1)
+    rows = text.prefix.shape[0]
+    return start(
+        prompt.caches, prompt.valid, visual, None, scores, limits(rows), pruning, generated
+    )
 
 
 def limits(rows):
@@ -67,7 +84,9 @@ def test_official_equals_the_authors_code(golden, case):
     embeds = jnp.asarray(data["inputs_embeds"])[None]
     everything = jnp.ones((1, prompt), bool)
     model = bind(config, params)
-    x, caches, _ = model.language_model.prefill(embeds, jnp.arange(prompt)[None], everything)
+    x, caches, _ = jax.jit(model.language_model.prefill)(
+        embeds, jnp.arange(prompt)[None], everything
+    )
     np.testing.assert_allclose(model.logits(x)[0, -4:], data["prefill_logits"], atol=1e-3)
     all_visual = jnp.ones((1, visual), bool)
     segment = Visual(embeds[:, slots.visual_range], all_visual, all_visual)
@@ -95,11 +114,11 @@ def random_model(seed, layers=4, scale=8.0):
 def ragged_prompts(config, params, seed, lengths, visual):
     """Rows (prefix, question) of different lengths around ``visual`` random visual embeddings."""
     rng = np.random.default_rng(seed)
-    rows, (most_prefix, most_question) = len(lengths), np.max(lengths, axis=0)
+    rows = len(lengths)
     text = TextIds(
-        rng.integers(0, 64, (rows, most_prefix)),
+        rng.integers(0, 64, (rows, PREFIX)),
         np.array([prefix for prefix, _ in lengths]),
-        rng.integers(0, 64, (rows, most_question)),
+        rng.integers(0, 64, (rows, QUESTION)),
         np.array([question for _, question in lengths]),
     )
     embeds = rng.normal(size=(rows, visual, config.text.hidden_size)).astype(np.float32)
@@ -109,21 +128,14 @@ def ragged_prompts(config, params, seed, lengths, visual):
         np.concatenate([table[text.prefix[row, :p]], embeds[row], table[text.question[row, :q]]])
         for row, (p, q) in enumerate(lengths)
     ]
-    slots = Slots(int(most_prefix), visual, int(most_question), 16)
+    slots = Slots(PREFIX, visual, QUESTION, 16)
     text = TextIds(*map(jnp.asarray, text))
     return text, Visual(jnp.asarray(embeds), all_visual, all_visual), slots, alone
 
 
 def run_steps(config, params, text, visual, slots, pruning, fed):
     """Logits [steps, B, L], refreshed [steps, B] and the states of feeding given tokens."""
-    model = bind(config, params)
-    read = read_prompt(model, visual, text)
-    last = slots.prefix + slots.visual + text.question_length - 1
-    scores = last_attention(model, read, pruning.layer - 1, last)[:, :, slots.visual_range].mean(1)
-    rows = len(text.prefix)
-    state = start(
-        read.caches, read.valid, visual, None, scores, limits(rows), pruning, slots.generated
-    )
+    state, rows = read(config, params, visual, text, pruning, slots.generated), len(text.prefix)
     logits, refreshed, states = [], [], []
     for tokens in fed:
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(rows))
@@ -218,21 +230,11 @@ def test_working_set_equals_a_masked_full_cache():
     assert 0 < refreshed[1:].mean() < 1, "the case must hold steps of both kinds"
 
     # The same choices on a full cache, where a mask hides what was not chosen.
-    read = read_prompt(bind(config, params), segment, text)
-    masked = ReplayedMask(2, slots, [np.asarray(s.pruned.chosen) for s in states])
-    state = start(
-        read.caches,
-        read.valid,
-        segment,
-        None,
-        no_scores(segment),
-        limits(3),
-        masked,
-        slots.generated,
-    )
+    masked = ReplayedMask(2, slots, np.stack([s.pruned.chosen for s in states]))
+    state = read(config, params, segment, text, masked, slots.generated)
     for index, tokens in enumerate(fed):
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(3))
-        out, state = decode_step(bind(config, params), state, masked, slots)
+        out, state = step(config, params, state, masked, slots)
         np.testing.assert_allclose(out, logits[index], atol=1e-4)
 
 
@@ -248,8 +250,9 @@ class ReplayedMask:
 
     def update(self, state, scores, step, active):
         state = self.inner.update(state, scores, step, active)
-        shown = np.zeros(state.is_visual.shape, bool)
-        np.put_along_axis(shown, self.chosen[int(step)], True, axis=1)
+        rows = jnp.arange(state.is_visual.shape[0])[:, None]
+        chosen = jnp.asarray(self.chosen)[step]
+        shown = jnp.zeros(state.is_visual.shape, bool).at[rows, chosen].set(True)
         visual = self.slots.visual_range
         present = state.present
         valid = present.at[:, visual].set(present[:, visual] & shown)
