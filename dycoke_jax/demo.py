@@ -11,9 +11,9 @@ from rich.text import Text
 
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.engine import Progress, Seconds
-from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.task import MONITORED, task_clip
 from dycoke_jax.llava_video import Answer, LlavaVideo, Video
+from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.task import MONITORED, task_clip
 
 # Three questions to each of the first clips after those that training was watched with.
 KINDS = (

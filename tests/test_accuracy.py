@@ -6,15 +6,15 @@ import pytest
 from support.tiny import tiny_model
 
 from dycoke_jax import DyCoke, DycokeError
+from dycoke_jax.compression.baselines import RandomTokens, WholeFrames, kept_by_merging
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.evaluation.accuracy import Tally, evaluate
-from dycoke_jax.evaluation.baselines import RandomTokens, WholeFrames, kept_by_merging
-from dycoke_jax.evaluation.clip_files import write_clip
-from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.task import task_clip
 from dycoke_jax.inputs import FrameSampling
 from dycoke_jax.inputs.frames import resize
 from dycoke_jax.inputs.video import read_clip
+from dycoke_jax.tasks.clip_files import write_clip
+from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.task import task_clip
 
 
 @pytest.mark.parametrize("frames", [1, 3, 16, 18])

@@ -7,10 +7,10 @@ import pytest
 from support.tokenizers import tiny_tokenizer
 
 from dycoke_jax import DycokeError
-from dycoke_jax.evaluation.scenes import Cell, Scene, SceneSettings, Thing
 from dycoke_jax.inputs.prompts import load_tokenizer
 from dycoke_jax.models.llava import bind, random_params
 from dycoke_jax.models.qwen2 import positions_of
+from dycoke_jax.tasks.scenes import Cell, Scene, SceneSettings, Thing
 from dycoke_jax.training import tiny, watching
 from dycoke_jax.training.alignment import align
 from dycoke_jax.training.batches import pack

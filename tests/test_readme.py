@@ -9,8 +9,8 @@ import pytest
 from dycoke_jax.assets import TINY
 from dycoke_jax.checkpoint import load_params, open_checkpoint
 from dycoke_jax.checkpoint.fingerprint import fingerprint
-from dycoke_jax.evaluation.questions import KINDS
 from dycoke_jax.evaluation.settings import HEADLINES
+from dycoke_jax.tasks.questions import KINDS
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,8 +11,8 @@ from test_cli import run_main
 from dycoke_jax import DycokeError
 from dycoke_jax.evaluation import report
 from dycoke_jax.evaluation.accuracy import Result
-from dycoke_jax.evaluation.questions import KINDS
 from dycoke_jax.evaluation.settings import DEFAULT, HEADLINES, SWEEPS
+from dycoke_jax.tasks.questions import KINDS
 
 DESCRIBED = {"model": "abc", "clips": 2}
 BLIND = dict.fromkeys(KINDS, 0.25)

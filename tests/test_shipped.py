@@ -11,10 +11,10 @@ from dycoke_jax import LlavaVideo
 from dycoke_jax.assets import TINY
 from dycoke_jax.checkpoint import open_checkpoint
 from dycoke_jax.evaluation.accuracy import evaluate
-from dycoke_jax.evaluation.pictures import draw
 from dycoke_jax.evaluation.settings import DEFAULT, FULL, HEADLINES
-from dycoke_jax.evaluation.task import task_clip
 from dycoke_jax.inputs.prompts import build_prompt
+from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.task import task_clip
 
 
 @pytest.fixture(scope="module")

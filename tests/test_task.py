@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.questions import KINDS, Question, blind_score
-from dycoke_jax.evaluation.scenes import GRID, Scene, SceneSettings, draw_scene
-from dycoke_jax.evaluation.task import task_clip
+from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.questions import KINDS, Question, blind_score
+from dycoke_jax.tasks.scenes import GRID, Scene, SceneSettings, draw_scene
+from dycoke_jax.tasks.task import task_clip
 
 CLIPS = [task_clip("test", number) for number in range(1000)]
 

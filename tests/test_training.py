@@ -11,7 +11,7 @@ from support.tiny import tiny_model, video
 from support.tokenizers import tiny_tokenizer
 
 from dycoke_jax import DyCoke, DycokeError
-from dycoke_jax.evaluation.scenes import SceneSettings
+from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.training.batches import Example, pack, token_count
 from dycoke_jax.training.loss import Thinning, score_answers
 from dycoke_jax.training.run import Intervals, train

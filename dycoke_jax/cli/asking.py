@@ -162,10 +162,10 @@ def demo(
     from dycoke_jax import demo as demonstration
     from dycoke_jax.assets import TINY
     from dycoke_jax.compression.dycoke import DyCoke
-    from dycoke_jax.drawing import save, sheet
     from dycoke_jax.inputs import FrameSampling, check_clip
+    from dycoke_jax.inspection.drawing import save, sheet
+    from dycoke_jax.inspection.tracing import trace_answer
     from dycoke_jax.llava_video import LlavaVideo
-    from dycoke_jax.tracing import trace_answer
 
     if (video is None) != (prompt is None):
         raise ConfigError("--video and --prompt go together")

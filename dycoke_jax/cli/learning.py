@@ -151,11 +151,11 @@ def evaluate(
     from dycoke_jax.assets import TINY
     from dycoke_jax.checkpoint.fingerprint import fingerprint
     from dycoke_jax.evaluation import accuracy, report
-    from dycoke_jax.evaluation.questions import blind_score
-    from dycoke_jax.evaluation.scenes import SceneSettings
     from dycoke_jax.evaluation.settings import HEADLINES, SWEEPS
-    from dycoke_jax.evaluation.task import MONITORED, task_clip
     from dycoke_jax.llava_video import LlavaVideo
+    from dycoke_jax.tasks.questions import blind_score
+    from dycoke_jax.tasks.scenes import SceneSettings
+    from dycoke_jax.tasks.task import MONITORED, task_clip
 
     if clips < 1:
         raise ConfigError(f"clips is {clips}; it must be at least 1")

@@ -1,1 +1,1 @@
-"""A made-up video question-answering task, and accuracy on it with and without compression."""
+"""Accuracy of a model by kind of question, with and without compression."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.engine import Progress
-from dycoke_jax.evaluation.clip_files import write_clip
-from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.task import TaskClip
 from dycoke_jax.llava_video import Answer, LlavaVideo, Video
+from dycoke_jax.tasks.clip_files import write_clip
+from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.task import TaskClip
 
 FILE_SIZE = 256
 """Pixels a side of clips that are written as files."""

@@ -1,8 +1,8 @@
 """The settings that are compared: each part of DyCoke, and dropping blindly."""
 
+from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.protocol import Compressor
-from dycoke_jax.evaluation.baselines import RandomTokens, WholeFrames
 
 FULL = "full"
 DEFAULT = "paper K=0.7 P=0.7 L=3"

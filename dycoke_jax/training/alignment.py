@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.engine import Progress
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.scenes import GRID, SceneSettings, draw_scene
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.models.llava import Params, bind
+from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.scenes import GRID, SceneSettings, draw_scene
 from dycoke_jax.training.lessons import teach
 
 STEPS = 500

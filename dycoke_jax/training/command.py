@@ -16,11 +16,11 @@ from dycoke_jax.checkpoint.save import save_llava_hf
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.engine import Progress as Lessons
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.evaluation.scenes import SceneSettings
 from dycoke_jax.inputs.processor import check_processor
 from dycoke_jax.inputs.prompts import load_tokenizer
 from dycoke_jax.inputs.video import FrameSampling, read_clip
 from dycoke_jax.models.llava import Params
+from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.training import alignment, tiny, watching
 from dycoke_jax.training.batches import Example, pack
 from dycoke_jax.training.loss import Thinning

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.evaluation.scenes import SceneSettings
-from dycoke_jax.evaluation.task import MONITORED, task_clip
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.models.llava import Params
+from dycoke_jax.tasks.scenes import SceneSettings
+from dycoke_jax.tasks.task import MONITORED, task_clip
 from dycoke_jax.training.batches import Batch, pack
 from dycoke_jax.training.loss import Thinning, score_answers
 from dycoke_jax.training.sources import task_example

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.questions import Question, drill
-from dycoke_jax.evaluation.scenes import Scene, SceneSettings
-from dycoke_jax.evaluation.task import Split, task_clip
 from dycoke_jax.inputs.prompts import Tokenizer
+from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.questions import Question, drill
+from dycoke_jax.tasks.scenes import Scene, SceneSettings
+from dycoke_jax.tasks.task import Split, task_clip
 from dycoke_jax.training.batches import Batch, Example, pack
 from dycoke_jax.training.loss import Thinning
 from dycoke_jax.training.watching import facts_of

@@ -8,10 +8,10 @@ from dycoke_jax.checkpoint.untrained import save_byte_tokenizer
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
 from dycoke_jax.engine import Progress
-from dycoke_jax.evaluation.scenes import SceneSettings
-from dycoke_jax.evaluation.task import task_clip
 from dycoke_jax.inputs.prompts import DEFAULT_SYSTEM, Tokenizer
 from dycoke_jax.models.llava import Params, random_params
+from dycoke_jax.tasks.scenes import SceneSettings
+from dycoke_jax.tasks.task import task_clip
 from dycoke_jax.training import watching
 from dycoke_jax.training.alignment import align
 from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix

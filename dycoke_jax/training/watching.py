@@ -19,8 +19,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.engine import Progress
-from dycoke_jax.evaluation.pictures import draw
-from dycoke_jax.evaluation.scenes import (
+from dycoke_jax.generation.assemble import place_newlines
+from dycoke_jax.models.llava import Params, bind
+from dycoke_jax.models.qwen2 import positions_of
+from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.scenes import (
     COLOURS,
     GRID,
     SHAPES,
@@ -28,10 +31,7 @@ from dycoke_jax.evaluation.scenes import (
     SceneSettings,
     Thing,
 )
-from dycoke_jax.evaluation.task import task_clip
-from dycoke_jax.generation.assemble import place_newlines
-from dycoke_jax.models.llava import Params, bind
-from dycoke_jax.models.qwen2 import positions_of
+from dycoke_jax.tasks.task import task_clip
 from dycoke_jax.training.alignment import EMPTY_WEIGHT
 from dycoke_jax.training.lessons import teach
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dycoke_jax.evaluation.scenes import GRID, Scene, Thing
+from dycoke_jax.tasks.scenes import GRID, Scene, Thing
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 

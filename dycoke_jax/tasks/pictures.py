@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from dycoke_jax.evaluation.scenes import GRID, Scene
+from dycoke_jax.tasks.scenes import GRID, Scene
 
 _RGB = {
     "red": (220, 40, 40),

@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from dycoke_jax.evaluation.questions import Question, ask
-from dycoke_jax.evaluation.scenes import Scene, SceneSettings, draw_scene
+from dycoke_jax.tasks.questions import Question, ask
+from dycoke_jax.tasks.scenes import Scene, SceneSettings, draw_scene
 
 Split = Literal["train", "test"]
 

@@ -7,9 +7,9 @@ from support.reference import paper_merge
 from support.tiny import tiny_model, video
 
 from dycoke_jax import DyCoke, DycokeError
-from dycoke_jax.drawing import paint_frames, save, sheet
 from dycoke_jax.generation.encode import encode
-from dycoke_jax.tracing import trace_answer
+from dycoke_jax.inspection.drawing import paint_frames, save, sheet
+from dycoke_jax.inspection.tracing import trace_answer
 
 SETTINGS = {
     "paper": DyCoke(layer=2),
