@@ -8,5 +8,4 @@ import sys
 from dycoke_jax.cli import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["convert", "--to", "llava-hf"]
-    main()
+    main(["convert", "--to", "llava-hf", *sys.argv[1:]])

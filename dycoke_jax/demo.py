@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dycoke_jax.compression.protocol import Compressor
-from dycoke_jax.engine import Progress, Seconds
+from dycoke_jax.engine import Seconds
 from dycoke_jax.llava_video import Answer, LlavaVideo, Video
+from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.task import MONITORED, task_clip
 

@@ -21,9 +21,7 @@ from dycoke_jax.generation.sampling import Sampling
 from dycoke_jax.generation.state import DecodeState, Limits
 from dycoke_jax.inputs.prompts import Prompt
 from dycoke_jax.models.llava import Params
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+from dycoke_jax.progress import Progress
 
 # The smallest bucket of each segment; larger ones double. Few shapes, few compilations.
 MIN_PREFIX, MIN_QUESTION, MIN_GENERATED, STOP_SLOTS = 16, 32, 32, 8
@@ -263,15 +261,7 @@ def _features(
     progress: Progress | None,
 ) -> Float[Array, "B F N D"]:
     clips = [request.frames for request in requests if request.frames is not None]
-    done, total = 0, sum(map(len, clips))
-
-    def count(frames: int) -> None:
-        nonlocal done
-        done += frames
-        assert progress is not None
-        progress("encoding frames", done, total)
-
-    return encode(config, params, clips, rows, count if progress else None)
+    return encode(config, params, clips, rows, progress)
 
 
 def _text(requests: Sequence[Request], rows: int) -> TextIds:

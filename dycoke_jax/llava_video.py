@@ -2,43 +2,38 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from jax.typing import DTypeLike
 from tokenizers.decoders import DecodeStream
 
-from dycoke_jax.checkpoint import Progress as LoadProgress
-from dycoke_jax.checkpoint import load_params, open_checkpoint
+from dycoke_jax.checkpoint.opening import Checkpoint, check_vocabulary, open_checkpoint
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.config import LlavaConfig, PoolMode
 from dycoke_jax.engine import (
     Decoding,
     Generated,
-    Progress,
     Request,
     Seconds,
     TokenCounts,
     run_batch,
 )
-from dycoke_jax.errors import CheckpointError, RequestError
-from dycoke_jax.inputs.processor import check_processor, read_json
+from dycoke_jax.errors import RequestError
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
     Conversation,
     Tokenizer,
     build_prompt,
-    load_tokenizer,
     stop_ids,
     time_instruction,
 )
 from dycoke_jax.inputs.video import FrameSampling, clip_from_array, read_clip
 from dycoke_jax.models.llava import Params
+from dycoke_jax.progress import Progress
 
 Video = str | PathLike[str] | np.ndarray
 """A file, or uint8 frames [F, height, width, 3] that are taken as they are, all of them."""
@@ -113,12 +108,7 @@ class LlavaVideo:
         self.params: Params = params
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids(tokenizer, extra_stop_ids)
-        largest = max(tokenizer.backend_tokenizer.get_vocab().values())
-        if largest >= config.text.vocab_size:
-            raise CheckpointError(
-                f"the tokenizer knows ids up to {largest}, the model only {config.text.vocab_size} "
-                "tokens; they do not belong together"
-            )
+        check_vocabulary(tokenizer, config)
 
     @classmethod
     def from_pretrained(
@@ -127,7 +117,7 @@ class LlavaVideo:
         *,
         dtype: DTypeLike | None = None,
         pool_mode: PoolMode | None = None,
-        progress: LoadProgress | None = None,
+        progress: Progress | None = None,
     ) -> "LlavaVideo":
         """Loads a checkpoint.
 
@@ -137,22 +127,26 @@ class LlavaVideo:
             dtype: what to store and compute in (float32, bfloat16, float16); None: as stored.
             pool_mode: how frames are pooled, where it is not what the configuration says. The
                 published evaluation of LLaVA-Video overrides it with ``average``.
-            progress: called with bytes read, bytes in all, and a tensor's name.
+            progress: called with the bytes of weights loaded after each tensor.
 
         Raises:
             CheckpointError: listing everything that is wrong with the files.
             ConfigError: naming a setting that is not supported.
         """
-        checkpoint = open_checkpoint(str(name_or_path))
-        config = checkpoint.config
-        if pool_mode is not None:
-            config = replace(config, pool_mode=pool_mode)
-        check_processor(checkpoint.folder, config.vision.image_size)
-        tokenizer = load_tokenizer(checkpoint.folder)
-        # Everything small is checked before the weights are read.
-        model = cls(config, {}, tokenizer, _generation_stop_ids(checkpoint.folder))
-        model.params = load_params(checkpoint.folder, config, dtype, progress)
-        return model
+        checkpoint = open_checkpoint(name_or_path, pool_mode=pool_mode)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, progress=progress)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: DTypeLike | None = None,
+        progress: Progress | None = None,
+    ) -> "LlavaVideo":
+        """Loads the weights of a checkpoint that is open already; see ``from_pretrained``."""
+        params = checkpoint.load(dtype, progress)
+        return cls(checkpoint.config, params, checkpoint.tokenizer, checkpoint.stop_ids)
 
     @overload
     def generate(
@@ -249,9 +243,7 @@ class LlavaVideo:
         sampling = FrameSampling(frames=frames, fps=fps)
 
         # The frames of a single clip are worth showing; of many, the clips are.
-        decoding = None
-        if progress and count == 1:
-            decoding = partial(progress, "decoding frames")
+        decoding = progress if count == 1 else None
 
         def prepare(index: int) -> "_Prepared":
             request, notes = self.request(
@@ -282,7 +274,7 @@ class LlavaVideo:
         system: str | None = DEFAULT_SYSTEM,
         time_text: bool = False,
         allow_damaged: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> tuple[Request, tuple[str, ...]]:
         """One question as the engine takes it, and what there is to know of the clip.
 
@@ -419,11 +411,3 @@ def _each(name: str, value: T | Sequence[T] | np.ndarray, count: int) -> Sequenc
     if len(values) != count:
         raise RequestError(f"{name} has {len(values)} values for {count} requests")
     return values
-
-
-def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
-    """Stop ids of ``generation_config.json``, where there is one."""
-    eos = read_json(folder / "generation_config.json").get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)

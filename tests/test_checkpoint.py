@@ -22,7 +22,7 @@ from support.checkpoints import (
 )
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from dycoke_jax.checkpoint import convert, export, load_params, locate, open_checkpoint
+from dycoke_jax.checkpoint import convert, export, load_params, locate, open_folder
 from dycoke_jax.checkpoint.names import LAYOUTS, detect_layout, llava_hf_name, path_of
 from dycoke_jax.models.llava import abstract_params
 
@@ -49,7 +49,7 @@ def converted(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **arguments: object) -> dict[str, np.ndarray]:
-    params = load_params(folder, open_checkpoint(folder).config, **arguments)
+    params = load_params(open_folder(folder), **arguments)
     return {path: np.asarray(array) for path, array in params.items()}
 
 
@@ -72,7 +72,7 @@ def test_every_layout_loads_to_the_same_parameters(tmp_path: Path, dtype: str, t
     lmms_lab = to_lmms_lab(hf, tmp_path / "lmms")
     convert(lmms_lab, tmp_path / "orbax")
     params = load(hf)
-    expected = abstract_params(open_checkpoint(hf).config)
+    expected = abstract_params(open_folder(hf).config)
     assert {path: array.shape for path, array in params.items()} == {
         path: leaf.shape for path, leaf in expected.items()
     }
@@ -117,7 +117,7 @@ def test_loading_casts_alike_from_both_kinds(hf: Path, converted: Path, dtype: o
 
 def test_loaded_parameters_are_arrays_of_the_default_device(hf: Path, converted: Path):
     for folder in (hf, converted):
-        params = load_params(folder, open_checkpoint(folder).config)
+        params = load_params(open_folder(folder))
         assert {array.sharding for array in params.values()} == {jnp.zeros(()).sharding}
         assert all(isinstance(array, jax.Array) for array in params.values())
 
@@ -132,24 +132,25 @@ def test_unused_tensors_are_left_out(tmp_path: Path):
     params = load(hf)
     assert "vision_tower.layers.1.mlp.fc1.weight" in params
     assert "vision_tower.layers.2.mlp.fc1.weight" not in params
-    assert params.keys() == abstract_params(open_checkpoint(hf).config).keys()
+    assert params.keys() == abstract_params(open_folder(hf).config).keys()
 
 
 @pytest.mark.parametrize("kind", ["hf", "converted"])
 def test_progress_counts_stored_bytes_and_ends_at_the_total(
     kind: str, request: pytest.FixtureRequest
 ):
-    calls: list[tuple[int, int, str]] = []
+    calls: list[tuple[str, int, int]] = []
     params = load(
         request.getfixturevalue(kind),
         dtype="bfloat16",
         progress=lambda *call: calls.append(call),
     )
     total = sum(2 * array.nbytes for array in params.values())
-    assert [call[1] for call in calls] == [total] * len(params)
-    assert calls[-1][0] == total
-    assert sorted(call[0] for call in calls) == [call[0] for call in calls]
-    assert {call[2] for call in calls} == params.keys()
+    assert {call[0] for call in calls} == {"loading weights, bytes"}
+    done = [call[1] for call in calls]
+    assert [call[2] for call in calls] == [total] * len(params)
+    assert done[-1] == total
+    assert sorted(set(done)) == done, "each call tells of one more tensor"
 
 
 # --- conversion and export ---------------------------------------------------------------------
@@ -244,8 +245,8 @@ def test_tied_lmms_lab_export_loads_in_transformers(tmp_path: Path):
     assert model.dtype == torch.bfloat16
     assert same_bits(read_tensors(hf), read_tensors(tmp_path / "back"))
     # What transformers has no word for survives all the same.
-    assert open_checkpoint(tmp_path / "back").config == open_checkpoint(lmms_lab).config
-    assert open_checkpoint(tmp_path / "back").config.newline == "grid"
+    assert open_folder(tmp_path / "back").config == open_folder(lmms_lab).config
+    assert open_folder(tmp_path / "back").config.newline == "grid"
 
 
 def test_export_makes_the_towers_final_norm_where_there_is_none(hf: Path, tmp_path: Path):
@@ -342,15 +343,15 @@ def test_tokenizer_and_processor_files_travel(hf: Path, tmp_path: Path):
 
 
 def test_conversion_reports_progress_and_leaves_only_the_destination(hf: Path, tmp_path: Path):
-    calls: list[tuple[int, int, str]] = []
+    calls: list[tuple[str, int, int]] = []
     convert(hf, tmp_path / "a" / "orbax", progress=lambda *call: calls.append(call))
     assert [*(tmp_path / "a").iterdir()] == [tmp_path / "a" / "orbax"]
     total = sum(array.nbytes for array in read_tensors(hf).values())
-    assert calls[-1][:2] == (total, total)
+    assert calls[-1] == ("converting, bytes", total, total)
     assert len(calls) == len(read_tensors(hf))
     calls.clear()
     export(tmp_path / "a" / "orbax", tmp_path / "b", progress=lambda *call: calls.append(call))
-    assert calls[-1][:2] == (total, total)
+    assert calls[-1] == ("converting, bytes", total, total)
 
 
 # --- locating ----------------------------------------------------------------------------------
@@ -362,8 +363,8 @@ def test_locate_takes_folders_as_they_are(
     monkeypatch.chdir(hf.parent)
     assert locate("model") == hf
     assert locate(hf) == hf
-    assert open_checkpoint(hf).kind == "hf"
-    assert open_checkpoint(converted).kind == "orbax"
+    assert open_folder(hf).kind == "hf"
+    assert open_folder(converted).kind == "orbax"
 
 
 def test_locate_asks_the_hub_for_weights_and_settings_only(
@@ -376,7 +377,7 @@ def test_locate_asks_the_hub_for_weights_and_settings_only(
         return str(hf)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert open_checkpoint("lmms-lab/llava-onevision-qwen2-0.5b-ov").folder == hf
+    assert open_folder("lmms-lab/llava-onevision-qwen2-0.5b-ov").path == hf
     (patterns,) = asked.values()
     assert "*.safetensors" in patterns
     assert not any(pattern.endswith((".bin", ".py", ".pth", "*")) for pattern in patterns)
@@ -434,12 +435,12 @@ assert not xla_bridge._backends
 def test_converting_and_loading_import_no_torch(lmms_lab: Path, tmp_path: Path):
     code = """
 import sys
-from dycoke_jax.checkpoint import convert, export, load_params, open_checkpoint
+from dycoke_jax.checkpoint import convert, export, load_params, open_folder
 source, target = sys.argv[1:]
 convert(source, target + "/orbax")
 export(target + "/orbax", target + "/hf")
 for folder in (source, target + "/orbax"):
-    load_params(folder, open_checkpoint(folder).config)
+    load_params(open_folder(folder))
 assert not {"torch", "transformers", "tensorflow"} & sys.modules.keys()
 """
     run_python(code, lmms_lab, tmp_path)

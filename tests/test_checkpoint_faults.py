@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from dycoke_jax.checkpoint import (
     export,
     load_params,
     locate,
-    open_checkpoint,
+    open_folder,
 )
 from dycoke_jax.errors import CheckpointError, ConfigError
 
@@ -45,7 +46,7 @@ def converted(hf: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **arguments: object) -> dict:
-    return load_params(folder, open_checkpoint(folder).config, **arguments)
+    return load_params(open_folder(folder), **arguments)
 
 
 def problems(folder: Path, action: Callable[[Path], object] = load) -> list[str]:
@@ -275,7 +276,7 @@ def test_bad_config(hf: Path, text: bytes | None, says: str):
     (hf / "config.json").unlink()
     if text is not None:
         (hf / "config.json").write_bytes(text)
-    (line,) = problems(hf, open_checkpoint)
+    (line,) = problems(hf, open_folder)
     assert says in line
 
 
@@ -362,7 +363,7 @@ class Stop(BaseException):
 def test_failing_midway_leaves_nothing(
     hf: Path, tmp_path: Path, action: Callable[..., None], error: type[BaseException]
 ):
-    def progress(done: int, total: int, name: str) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.tmp-")]
         if done > total / 2:
             raise error("now")
@@ -381,7 +382,7 @@ def test_failing_between_groups_leaves_nothing(
 
 
 def test_file_that_shrinks_while_it_is_read(hf: Path, tmp_path: Path):
-    def progress(done: int, total: int, name: str) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         os.truncate(hf / "model.safetensors", 3000)
 
     with pytest.raises(CheckpointError, match="cannot read"):
@@ -393,7 +394,7 @@ def test_killed_conversion_never_shows_a_destination(hf: Path, tmp_path: Path):
     code = """
 import os, signal, sys
 from dycoke_jax.checkpoint import convert
-def progress(done, total, name):
+def progress(what, done, total):
     if done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
 convert(sys.argv[1], sys.argv[2], progress=progress)
@@ -421,15 +422,15 @@ def test_destination_that_cannot_be_written(hf: Path, tmp_path: Path):
 
 
 def test_converted_folder_for_another_configuration(converted: Path, tmp_path: Path):
-    other = open_checkpoint(tiny_llava_hf(tmp_path / "other", text={"intermediate_size": 100}))
+    other = open_folder(tiny_llava_hf(tmp_path / "other", text={"intermediate_size": 100}))
     with pytest.raises(CheckpointError, match="12 problems with the weights: 12 wrong shape"):
-        load_params(converted, other.config)
-    fewer = open_checkpoint(tiny_llava_hf(tmp_path / "fewer", text={"num_hidden_layers": 3}))
+        load_params(replace(open_folder(converted), config=other.config))
+    fewer = open_folder(tiny_llava_hf(tmp_path / "fewer", text={"num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match="12 problems with the weights: 12 unknown"):
-        load_params(converted, fewer.config)
-    more = open_checkpoint(tiny_llava_hf(tmp_path / "more", text={"num_hidden_layers": 5}))
+        load_params(replace(open_folder(converted), config=fewer.config))
+    more = open_folder(tiny_llava_hf(tmp_path / "more", text={"num_hidden_layers": 5}))
     with pytest.raises(CheckpointError, match="12 problems with the weights: 12 missing"):
-        load_params(converted, more.config)
+        load_params(replace(open_folder(converted), config=more.config))
 
 
 def error_of_loading(folder: Path) -> str:
@@ -440,10 +441,10 @@ def error_of_loading(folder: Path) -> str:
     """
     code = """
 import sys
-from dycoke_jax.checkpoint import load_params, open_checkpoint
+from dycoke_jax.checkpoint import load_params, open_folder
 from dycoke_jax.errors import CheckpointError
 try:
-    load_params(sys.argv[1], open_checkpoint(sys.argv[1]).config)
+    load_params(open_folder(sys.argv[1]))
 except CheckpointError as error:
     print(error)
 """
@@ -564,7 +565,7 @@ def test_hub_errors_become_one_line(error: Exception, says: str, monkeypatch: py
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint("org/name")
+        open_folder("org/name")
     message = str(caught.value)
     assert message.startswith("cannot download org/name: ")
     assert says in message

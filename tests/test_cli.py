@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.clips import cut, real_clip, write_clip, write_sound
+from support.command_line import run_main
 
-from dycoke_jax import LlavaVideo, __version__, cli
+from dycoke_jax import LlavaVideo, __version__
 
 
 @pytest.fixture(scope="module")
@@ -18,24 +19,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     assert run_main("init", folder)[0] == 0
     return folder
-
-
-def run_main(*arguments):
-    """Exit code, stdout and stderr of the command line, in this process."""
-    import contextlib
-    import io
-
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    old = sys.argv
-    sys.argv = ["dycoke-jax", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-    except SystemExit as exit_:
-        code = exit_.code or 0
-    finally:
-        sys.argv = old
-    return code, out.getvalue(), err.getvalue()
 
 
 def generate(model, *arguments):

@@ -2,13 +2,13 @@
 
 import pytest
 
+from dycoke_jax.checkpoint.hf_config import llava_hf_config, read_config
 from dycoke_jax.config import (
     ONEVISION_0_5B,
     ONEVISION_7B,
     ONEVISION_72B,
     PRESETS,
     VIDEO_7B,
-    LlavaConfig,
 )
 from dycoke_jax.errors import ConfigError
 
@@ -44,7 +44,7 @@ LMMS_LAB_7B = {
     "tokenizer_model_max_length": 32768,
     "torch_dtype": "bfloat16",
 }
-LLAVA_HF_7B = ONEVISION_7B.to_llava_hf()
+LLAVA_HF_7B = llava_hf_config(ONEVISION_7B)
 
 
 def changed(config, path, value):
@@ -61,34 +61,34 @@ def without(config, path):
 
 
 def test_lmms_lab_dialect():
-    assert LlavaConfig.from_hf(LMMS_LAB_7B) == ONEVISION_7B
+    assert read_config(LMMS_LAB_7B) == ONEVISION_7B
     video = changed(LMMS_LAB_7B, "mm_newline_position", "grid")
     video = changed(video, "mm_spatial_pool_mode", "average")
-    assert LlavaConfig.from_hf(video) == VIDEO_7B
-    assert LlavaConfig.from_hf(changed(LMMS_LAB_7B, "model_type", "llava_qwen")) == ONEVISION_7B
+    assert read_config(video) == VIDEO_7B
+    assert read_config(changed(LMMS_LAB_7B, "model_type", "llava_qwen")) == ONEVISION_7B
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_llava_hf_dialect_reads_what_it_writes(preset):
-    assert LlavaConfig.from_hf(PRESETS[preset].to_llava_hf()) == PRESETS[preset]
+    assert read_config(llava_hf_config(PRESETS[preset])) == PRESETS[preset]
 
 
 def test_rope_theta_in_either_place():
     old = without(LLAVA_HF_7B, "text_config.rope_parameters")
-    assert LlavaConfig.from_hf(old) == ONEVISION_7B
-    assert LlavaConfig.from_hf(without(LLAVA_HF_7B, "text_config.rope_theta")) == ONEVISION_7B
+    assert read_config(old) == ONEVISION_7B
+    assert read_config(without(LLAVA_HF_7B, "text_config.rope_theta")) == ONEVISION_7B
 
 
 def test_vision_feature_layer_cuts_the_tower():
     """27 layers with the last but one state, or 26 with the last: the same tower."""
     whole = changed(LLAVA_HF_7B, "vision_config.num_hidden_layers", 27)
-    assert LlavaConfig.from_hf(changed(whole, "vision_feature_layer", -2)) == ONEVISION_7B
-    assert LlavaConfig.from_hf(changed(whole, "vision_feature_layer", 26)) == ONEVISION_7B
+    assert read_config(changed(whole, "vision_feature_layer", -2)) == ONEVISION_7B
+    assert read_config(changed(whole, "vision_feature_layer", 26)) == ONEVISION_7B
 
 
 @pytest.mark.parametrize("place", ["tie_word_embeddings", "text_config.tie_word_embeddings"])
 def test_tied_in_either_place(place):
-    assert LlavaConfig.from_hf(changed(LLAVA_HF_7B, place, True)).text.tie_word_embeddings
+    assert read_config(changed(LLAVA_HF_7B, place, True)).text.tie_word_embeddings
 
 
 def test_released_sizes():
@@ -142,7 +142,7 @@ def test_released_sizes():
 def test_unsupported_settings_are_refused_by_name(base, key, value):
     name = "pool mode" if key == "mm_spatial_pool_mode" else key.split(".")[-1]
     with pytest.raises(ConfigError, match=name):
-        LlavaConfig.from_hf(changed(base, key, value))
+        read_config(changed(base, key, value))
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_unsupported_settings_are_refused_by_name(base, key, value):
 )
 def test_malformed_settings_are_refused_by_name(key, value, named):
     with pytest.raises(ConfigError, match=named):
-        LlavaConfig.from_hf(changed(LMMS_LAB_7B, key, value))
+        read_config(changed(LMMS_LAB_7B, key, value))
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "mm_vision_tower"])
 def test_missing_keys_are_named(key):
     with pytest.raises(ConfigError, match=key):
-        LlavaConfig.from_hf(without(LMMS_LAB_7B, key))
+        read_config(without(LMMS_LAB_7B, key))

@@ -6,7 +6,7 @@ import time
 import pytest
 from PIL import Image
 from support.clips import real_clip
-from test_cli import run_main
+from support.command_line import run_main
 
 from dycoke_jax import LlavaVideo, demo
 from dycoke_jax.assets import TINY

@@ -7,7 +7,8 @@ import pytest
 from support.tokenizers import tiny_tokenizer
 
 from dycoke_jax import DycokeError
-from dycoke_jax.inputs.prompts import load_tokenizer
+from dycoke_jax.checkpoint.tokenizer import load_tokenizer
+from dycoke_jax.config import TINY
 from dycoke_jax.models.llava import bind, random_params
 from dycoke_jax.models.qwen2 import positions_of
 from dycoke_jax.tasks.scenes import Cell, Scene, SceneSettings, Thing
@@ -27,7 +28,9 @@ def test_lessons_find_the_lowest_loss():
     def loss(params, shift):
         return ((params["x"] + shift - target) ** 2).sum()
 
-    trained = teach({"x": jnp.zeros(3)}, loss, lambda step: (np.zeros(3, np.float32),), 200, 0.1)
+    trained = teach(
+        {"x": jnp.zeros(3)}, loss, lambda step: (np.zeros(3, np.float32),), 200, 0.1, "x"
+    )
     np.testing.assert_allclose(trained["x"], target, atol=0.02)
 
 
@@ -83,15 +86,15 @@ def test_facts_are_learned_beside_the_answers(tmp_path, thinning):
     """From the states of the layer that the lesson taught, of the tokens that are there."""
     tiny.save_tokenizer(tmp_path / "words")
     tokenizer = load_tokenizer(tmp_path / "words")
-    shape = readers_shape(tiny.SIZES)
+    shape = readers_shape(TINY)
     readers = jnp.asarray(np.random.default_rng(0).standard_normal(shape.shape), jnp.float32)
-    params = {**random_params(tiny.SIZES), READERS: readers}
+    params = {**random_params(TINY), READERS: readers}
     example = task_example("train", 0, SceneSettings(), 64, with_facts=True)
     batch = pack(tokenizer, [example], 300)
 
     def score(params, batch):
         key = jax.random.key(0)
-        return score_answers(tiny.SIZES, params, batch, thinning=thinning, key=key)
+        return score_answers(TINY, params, batch, thinning=thinning, key=key)
 
     def beside(params):
         return score(params, batch).beside
@@ -113,21 +116,21 @@ def packed(tmp_path):
     tiny.save_tokenizer(tmp_path / "words")
     tokenizer = load_tokenizer(tmp_path / "words")
     example = task_example("train", 0, SceneSettings(), 64)
-    params = {path: 5 * x if x.ndim == 2 else x for path, x in random_params(tiny.SIZES).items()}
+    params = {path: 5 * x if x.ndim == 2 else x for path, x in random_params(TINY).items()}
     return params, pack(tokenizer, [example, example], 300)
 
 
 def test_attention_of_questions_is_that_of_the_layer(tmp_path):
     """Row for row the weights that a decoding step would give, in the mean of the heads."""
     params, _ = packed(tmp_path)
-    layer = bind(tiny.SIZES, params).language_model.layers[1]
+    layer = bind(TINY, params).language_model.layers[1]
     random = np.random.default_rng(0)
     length, shared, visual = 40, 25, slice(5, 22)
-    x = jnp.asarray(random.standard_normal((2, length, tiny.SIZES.text.hidden_size)), jnp.float32)
+    x = jnp.asarray(random.standard_normal((2, length, TINY.text.hidden_size)), jnp.float32)
     valid = jnp.asarray(random.random((2, length)) < 0.8).at[:, 0].set(True)
     parts = jnp.asarray(np.where(np.arange(length) < shared, 0, 1 + np.arange(length) % 2))
     parts = jnp.broadcast_to(parts, (2, length))
-    rope = bind(tiny.SIZES, params).language_model.rope(positions_of(valid))
+    rope = bind(TINY, params).language_model.rope(positions_of(valid))
     got = visual_attention(layer, x, rope, valid, parts, visual, shared)
     _, cache = layer.prefill(x, rope, valid, parts)
     for query in range(shared, length):
@@ -163,7 +166,7 @@ def test_foresight_teaches_the_layer_that_chooses(tmp_path):
     thinning = Thinning(0, pruned_layer=3)
 
     def beside(params):
-        return score_answers(tiny.SIZES, params, batch, thinning=thinning).beside
+        return score_answers(TINY, params, batch, thinning=thinning).beside
 
     both = jax.jit(jax.value_and_grad(beside))
     first, gradient = both(params)
@@ -190,17 +193,17 @@ def test_stages_may_take_turns():
 def test_alignment_names_what_it_cannot_teach():
     params, tokenizer = {}, tiny_tokenizer()
     with pytest.raises(DycokeError, match="single token for"):
-        align(tiny.SIZES, params, tokenizer, steps=1)
+        align(TINY, params, tokenizer, steps=1)
 
 
 @pytest.mark.slow
 def test_lessons_leave_the_upper_layers_alone(tmp_path):
     tiny.save_tokenizer(tmp_path / "words")
-    params = random_params(tiny.SIZES)
-    aligned = align(tiny.SIZES, params, load_tokenizer(tmp_path / "words"), steps=2)
-    watched = watching.watch(tiny.SIZES, aligned, steps=2)
+    params = random_params(TINY)
+    aligned = align(TINY, params, load_tokenizer(tmp_path / "words"), steps=2)
+    watched = watching.watch(TINY, aligned, steps=2)
     assert params.keys() == aligned.keys() == watched.keys() - {READERS}
-    assert watched[READERS].shape == readers_shape(tiny.SIZES).shape
+    assert watched[READERS].shape == readers_shape(TINY).shape
     for path, weight in params.items():
         is_layer = path.startswith("language_model.layers.")
         number = int(path.split(".")[2]) if is_layer else -1

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from dycoke_jax.checkpoint.processor import check_processor
 from dycoke_jax.errors import CheckpointError, ConfigError
-from dycoke_jax.inputs.processor import check_processor
 
 PUBLISHED = {
     "do_convert_rgb": True,

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from dycoke_jax.checkpoint.tokenizer import load_tokenizer
 from dycoke_jax.errors import CheckpointError, PromptError
-from dycoke_jax.inputs import Prompt, build_prompt, load_tokenizer, stop_ids, time_instruction
+from dycoke_jax.inputs import Prompt, build_prompt, stop_ids, time_instruction
 
 QWEN2 = qwen2_tokenizer()
 TINY = tiny_tokenizer()
@@ -51,12 +52,12 @@ def reference(template: str) -> Prompt:
     """The reference's way: cut at ``<image>``, encode each piece with its control tokens parsed."""
     pieces = [QWEN2(piece)["input_ids"] for piece in template.split("<image>")]
     before, after = pieces if len(pieces) == 2 else ([], pieces[0])
-    return Prompt(tuple(before), tuple(after), len(pieces) == 2)
+    return Prompt(tuple(before), tuple(after))
 
 
 def shown(prompt: Prompt) -> str:
     """The prompt as text with control tokens, ``<video>`` where the video goes."""
-    place = "<video>" if prompt.has_video else ""
+    place = "<video>" if prompt.before else ""
     return f"{QWEN2.decode(list(prompt.before))}{place}{QWEN2.decode(list(prompt.after))}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dycoke_jax.assets import TINY
-from dycoke_jax.checkpoint import load_params, open_checkpoint
+from dycoke_jax.checkpoint import load_params, open_folder
 from dycoke_jax.checkpoint.fingerprint import fingerprint
 from dycoke_jax.evaluation.settings import HEADLINES
 from dycoke_jax.tasks.questions import KINDS
@@ -21,8 +21,7 @@ def stored():
 
 
 def test_evaluation_is_of_the_model_that_ships(stored):
-    checkpoint = open_checkpoint(str(TINY))
-    assert stored["evaluation"]["model"] == fingerprint(load_params(TINY, checkpoint.config))
+    assert stored["evaluation"]["model"] == fingerprint(load_params(open_folder(TINY)))
     assert stored["evaluation"]["clips"] == 1000
 
 

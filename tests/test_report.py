@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from PIL import Image
 from rich.console import Console
-from test_cli import run_main
+from support.command_line import run_main
 
 from dycoke_jax import DycokeError
 from dycoke_jax.evaluation import report

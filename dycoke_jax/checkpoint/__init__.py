@@ -6,19 +6,20 @@ checkpoint under ``params/``. Both load to the same flat dictionary, dotted path
 """
 
 from dycoke_jax.checkpoint.conversion import convert, export
-from dycoke_jax.checkpoint.folder import Checkpoint, open_checkpoint
+from dycoke_jax.checkpoint.folder import Folder, open_folder
 from dycoke_jax.checkpoint.load import load_params
 from dycoke_jax.checkpoint.location import locate
+from dycoke_jax.checkpoint.opening import Checkpoint, open_checkpoint
 from dycoke_jax.checkpoint.report import CheckpointWarning
-from dycoke_jax.checkpoint.tensors import Progress
 
 __all__ = [
     "Checkpoint",
     "CheckpointWarning",
-    "Progress",
+    "Folder",
     "convert",
     "export",
     "load_params",
     "locate",
     "open_checkpoint",
+    "open_folder",
 ]

@@ -11,25 +11,20 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from dycoke_jax.checkpoint.folder import (
-    CONFIG,
-    Checkpoint,
-    open_checkpoint,
-    open_weights,
-    read_config,
-)
+from dycoke_jax.checkpoint.folder import CONFIG, open_folder
+from dycoke_jax.checkpoint.hf_config import llava_hf_config
 from dycoke_jax.checkpoint.names import POST_NORM, llava_hf_name
 from dycoke_jax.checkpoint.orbax_folder import write_orbax
 from dycoke_jax.checkpoint.report import warn_non_finite
 from dycoke_jax.checkpoint.safetensors_writer import write_safetensors
-from dycoke_jax.checkpoint.staging import absent, staged_folder
 from dycoke_jax.checkpoint.tensors import (
-    Progress,
     Weights,
     cast,
     is_finite,
     weight_dtype,
 )
+from dycoke_jax.files import absent, read_json_object, staged_folder
+from dycoke_jax.progress import BYTES, Progress
 
 _COMPANIONS = (
     "tokenizer*.json",
@@ -61,7 +56,7 @@ def convert(
         src: folder or hub id, any layout.
         dst: a folder that does not exist; it appears when all is written.
         dtype: float32, float16 or bfloat16; None keeps the dtype of each tensor.
-        progress: told after each tensor.
+        progress: called after each tensor with the bytes converted, as stored in the source.
 
     Raises:
         CheckpointError: when ``dst`` exists, or listing everything that is wrong with ``src``.
@@ -71,16 +66,16 @@ def convert(
         CheckpointWarning: once, naming the tensors that hold NaN or infinity.
     """
     destination, wanted = absent(dst), weight_dtype(dtype)
-    checkpoint = open_checkpoint(src)
-    weights = open_weights(checkpoint)
+    source = open_folder(src)
+    weights = source.weights()
     not_finite: list[str] = []
-    with staged_folder(destination) as folder:
-        copy_companions(checkpoint.folder, folder)
-        shutil.copyfile(checkpoint.folder / CONFIG, folder / CONFIG)
+    with staged_folder(destination) as target:
+        copy_companions(source.path, target)
+        shutil.copyfile(source.path / CONFIG, target / CONFIG)
         paths = [*weights.params, *weights.carried]
         tensors = _prepared(weights, paths, wanted, progress, not_finite)
-        write_orbax(folder, tensors, set(weights.params))
-    warn_non_finite(checkpoint.folder, not_finite)
+        write_orbax(target, tensors, set(weights.params))
+    warn_non_finite(source.path, not_finite)
 
 
 def export(
@@ -101,7 +96,7 @@ def export(
         dst: a folder that does not exist; it appears when all is written.
         dtype: float32, float16 or bfloat16; None keeps the dtype of each tensor.
         max_shard_bytes: tensor data above this is split over several files with an index.
-        progress: told after each tensor.
+        progress: called after each tensor with the bytes converted, as stored in the source.
 
     Raises:
         CheckpointError: when ``dst`` exists, or listing everything that is wrong with ``src``.
@@ -111,10 +106,10 @@ def export(
         CheckpointWarning: once, naming the tensors that hold NaN or infinity.
     """
     destination, wanted = absent(dst), weight_dtype(dtype)
-    checkpoint = open_checkpoint(src)
-    source_config = read_config(checkpoint.folder)
+    source = open_folder(src)
+    source_config = read_json_object(source.path / CONFIG)
     is_llava_hf = source_config["model_type"] == "llava_onevision"
-    weights = with_post_norm(open_weights(checkpoint))
+    weights = with_post_norm(source.weights())
     if not is_llava_hf:
         # The configuration that is made says nothing of a head or of blocks that are not run.
         weights = replace(weights, carried={path: weights.carried[path] for path in POST_NORM})
@@ -125,20 +120,20 @@ def export(
     paths = sorted(infos, key=lambda path: -infos[path].dtype.itemsize)
     main_dtype = infos["language_model.embed_tokens.weight"].dtype
     not_finite: list[str] = []
-    with staged_folder(destination) as folder:
-        copy_companions(checkpoint.folder, folder)
+    with staged_folder(destination) as target:
+        copy_companions(source.path, target)
         if is_llava_hf:
-            _copy_config(checkpoint.folder, folder, source_config, main_dtype)
+            _copy_config(source.path, target, source_config, main_dtype)
         else:
-            write_config(folder, _new_config(checkpoint, main_dtype))
+            write_config(target, {**llava_hf_config(source.config), "dtype": main_dtype.name})
         tensors = _prepared(weights, paths, wanted, progress, not_finite)
         write_safetensors(
-            folder,
+            target,
             {llava_hf_name(path): infos[path] for path in paths},
             (array for _, array in tensors),
             max_shard_bytes,
         )
-    warn_non_finite(checkpoint.folder, not_finite)
+    warn_non_finite(source.path, not_finite)
 
 
 def _prepared(
@@ -159,7 +154,7 @@ def _prepared(
         del array  # before the next is read: it may be the largest of the model
         done += infos[path].nbytes
         if progress:
-            progress(done, total, path)
+            progress("converting" + BYTES, done, total)
 
 
 def with_post_norm(weights: Weights) -> Weights:
@@ -176,10 +171,6 @@ def with_post_norm(weights: Weights) -> Weights:
                 yield from weights.stream(list(group))
 
     return Weights(weights.params, {**weights.carried, **made}, stream)
-
-
-def _new_config(checkpoint: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
-    return {**checkpoint.config.to_llava_hf(), "dtype": dtype.name}
 
 
 def _copy_config(source: Path, target: Path, config: Mapping[str, Any], dtype: np.dtype) -> None:

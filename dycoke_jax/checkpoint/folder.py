@@ -1,77 +1,54 @@
-"""A checkpoint's folder: which kind it is, its configuration, and what it holds."""
+"""The folder of a checkpoint: of which kind it is, its configuration, and its weights."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from dycoke_jax.checkpoint.hf_config import read_config
 from dycoke_jax.checkpoint.hf_folder import hf_weights
 from dycoke_jax.checkpoint.location import locate
 from dycoke_jax.checkpoint.orbax_folder import PARAMS, orbax_weights
 from dycoke_jax.checkpoint.tensors import Weights
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.errors import CheckpointError
+from dycoke_jax.files import read_json_object
 
 CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A folder that holds a model, not yet read.
+class Folder:
+    """A folder that holds the weights of a model.
 
     Attributes:
-        folder: absolute path.
+        path: absolute path.
         config: the model's configuration.
         kind: "hf" for safetensors in any layout, "orbax" for a converted folder.
     """
 
-    folder: Path
+    path: Path
     config: LlavaConfig
     kind: Literal["hf", "orbax"]
 
+    def weights(self) -> Weights:
+        """Checks the folder's contents against its configuration; reads no tensor yet.
 
-def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
-    """Finds a checkpoint and reads its configuration.
+        Raises:
+            CheckpointError: listing everything that is wrong.
+        """
+        opener = orbax_weights if self.kind == "orbax" else hf_weights
+        return opener(self.path, self.config)
+
+
+def open_folder(name_or_path: str | Path) -> Folder:
+    """Finds the folder of a checkpoint and reads its configuration.
 
     Args:
         name_or_path: a folder, or a hub id ``org/name``, which is downloaded.
 
     Raises:
-        CheckpointError: when it cannot be found or config.json cannot be read.
-        ConfigError: when config.json describes something that is not supported.
+        CheckpointError: if it cannot be found or config.json cannot be read.
+        ConfigError: if config.json describes something that is not supported.
     """
-    folder = locate(name_or_path)
-    return Checkpoint(folder, LlavaConfig.from_hf(read_config(folder)), kind_of(folder))
-
-
-def kind_of(folder: Path) -> Literal["hf", "orbax"]:
-    """Whether a folder holds an Orbax checkpoint or Hugging Face files."""
-    return "orbax" if (folder / PARAMS).is_dir() else "hf"
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a folder.
-
-    Raises:
-        CheckpointError: when it is absent, not JSON or not an object.
-    """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {CONFIG}") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold an object, not {type(config).__name__}")
-    return config
-
-
-def open_weights(checkpoint: Checkpoint) -> Weights:
-    """Checks what the folder holds against its configuration, before any tensor is read.
-
-    Raises:
-        CheckpointError: listing everything that is wrong.
-    """
-    opener = orbax_weights if checkpoint.kind == "orbax" else hf_weights
-    return opener(checkpoint.folder, checkpoint.config)
+    path = locate(name_or_path)
+    config = read_config(read_json_object(path / CONFIG))
+    return Folder(path, config, "orbax" if (path / PARAMS).is_dir() else "hf")

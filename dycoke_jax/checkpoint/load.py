@@ -1,37 +1,34 @@
 """Loads the parameters of a model to the device."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from dycoke_jax.checkpoint.folder import Checkpoint, kind_of, open_weights
+from dycoke_jax.checkpoint.folder import Folder
 from dycoke_jax.checkpoint.orbax_folder import restore_params
 from dycoke_jax.checkpoint.report import warn_non_finite
-from dycoke_jax.checkpoint.tensors import Progress, Weights, cast, weight_dtype
-from dycoke_jax.config import LlavaConfig
+from dycoke_jax.checkpoint.tensors import Weights, cast, weight_dtype
+from dycoke_jax.progress import BYTES, Progress
 
 
 def load_params(
-    folder: str | Path,
-    config: LlavaConfig,
+    folder: Folder,
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Loads a checkpoint of either kind to jax's default device, a tensor (or group) at a time.
 
     Args:
-        folder: a Hugging Face folder or a converted one (``open_checkpoint`` finds it).
-        config: what the folder must hold.
+        folder: where the weights are.
         dtype: float32, float16 or bfloat16; None keeps the dtype in which each tensor is stored.
-        progress: told after each tensor.
+        progress: called after each tensor with the bytes loaded, as stored.
 
     Returns:
-        Dotted path to array, exactly the tree of ``abstract_params(config)``. Tensors that the
-        model does not use are not loaded.
+        Dotted path to array, exactly the tree of ``abstract_params(folder.config)``. What the model
+        does not use is not loaded.
 
     Raises:
         CheckpointError: listing everything that is wrong with the checkpoint.
@@ -39,10 +36,8 @@ def load_params(
     Warns:
         CheckpointWarning: once, naming the tensors that hold NaN or infinity.
     """
-    folder = Path(folder)
     wanted = weight_dtype(dtype)
-    checkpoint = Checkpoint(folder.absolute(), config, kind_of(folder))
-    weights = open_weights(checkpoint)
+    weights = folder.weights()
     # All on one device; a mesh would give each path a sharding of its own here.
     default = jnp.zeros(()).sharding
     targets = {
@@ -51,21 +46,21 @@ def load_params(
     }
     params: dict[str, jax.Array] = {}
     total, done = sum(info.nbytes for info in weights.params.values()), 0
-    for path, array in _arrays(checkpoint, weights, targets):
+    for path, array in _arrays(folder, weights, targets):
         params[path] = array
         done += weights.params[path].nbytes
         if progress:
-            progress(done, total, path)
+            progress("loading weights" + BYTES, done, total)
     finite = jax.device_get({path: _all_finite(array) for path, array in params.items()})
-    warn_non_finite(checkpoint.folder, [path for path in params if not finite[path]])
+    warn_non_finite(folder.path, [path for path in params if not finite[path]])
     return params
 
 
 def _arrays(
-    checkpoint: Checkpoint, weights: Weights, targets: Mapping[str, jax.ShapeDtypeStruct]
+    folder: Folder, weights: Weights, targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Iterator[tuple[str, jax.Array]]:
-    if checkpoint.kind == "orbax":
-        yield from restore_params(checkpoint.folder, weights.params, targets)
+    if folder.kind == "orbax":
+        yield from restore_params(folder.path, weights.params, targets)
         return
     for path, array in weights.stream(targets):
         target = targets[path]

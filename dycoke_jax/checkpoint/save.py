@@ -10,12 +10,14 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from dycoke_jax.checkpoint.conversion import with_post_norm, write_config
+from dycoke_jax.checkpoint.hf_config import llava_hf_config
 from dycoke_jax.checkpoint.names import llava_hf_name
 from dycoke_jax.checkpoint.safetensors_writer import write_safetensors
-from dycoke_jax.checkpoint.staging import absent, staged_folder
-from dycoke_jax.checkpoint.tensors import Progress, TensorInfo, Weights, weight_dtype
+from dycoke_jax.checkpoint.tensors import TensorInfo, Weights, weight_dtype
 from dycoke_jax.config import LlavaConfig, VisionConfig
+from dycoke_jax.files import absent, staged_folder
 from dycoke_jax.models.llava import abstract_params
+from dycoke_jax.progress import BYTES, Progress
 
 
 def save_llava_hf(
@@ -37,7 +39,7 @@ def save_llava_hf(
         save_tokenizer: writes ``tokenizer.json`` and what belongs to it into a folder; it may
             write processor settings as well.
         dtype: of the weights in the file.
-        progress: told after each tensor.
+        progress: called after each tensor with the bytes written.
         max_shard_bytes: tensor data above this is split over several files with an index.
 
     Raises:
@@ -57,12 +59,12 @@ def save_llava_hf(
             yield array.astype(kind)
             done += tensors[path].nbytes
             if progress:
-                progress(done, total, path)
+                progress("writing weights" + BYTES, done, total)
 
     with staged_folder(destination) as folder:
         save_tokenizer(folder)
         placeholders = _placeholder_ids(folder)
-        write_config(folder, config.to_llava_hf() | placeholders | {"dtype": kind.name})
+        write_config(folder, llava_hf_config(config) | placeholders | {"dtype": kind.name})
         for name, settings in _processors(config.vision).items():
             if not (folder / name).exists():
                 text = json.dumps(settings, indent=2) + "\n"

@@ -18,12 +18,6 @@ DTYPES = {
 }
 """Weights may be stored in these; the keys are the names that safetensors headers use."""
 
-Progress = Callable[[int, int, str], None]
-"""Called as ``progress(done_bytes, total_bytes, name)`` after each tensor, or group of them.
-
-Bytes are counted as stored in the source; ``name`` is the path of the last tensor done.
-"""
-
 
 @dataclass(frozen=True)
 class TensorInfo:

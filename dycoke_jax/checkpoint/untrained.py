@@ -8,9 +8,9 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dycoke_jax.checkpoint.save import save_llava_hf
-from dycoke_jax.checkpoint.tensors import Progress
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.llava import abstract_params, random_param
+from dycoke_jax.progress import Progress
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 
@@ -30,7 +30,7 @@ def write_untrained(
         config: the sizes; the vocabulary must hold the 261 tokens of the tokenizer.
         dtype: of the weights.
         seed: of the random weights.
-        progress: told after each tensor.
+        progress: called after each tensor with the bytes written.
         max_shard_bytes: tensor data above this is split over several files with an index.
 
     Raises:

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 from dycoke_jax.cli import asking, checkpoints, learning  # noqa: F401 (they add their commands)
 from dycoke_jax.cli.app import app
@@ -14,13 +15,17 @@ from dycoke_jax.errors import DycokeError
 USER_ERROR = 2
 
 
-def main() -> None:
-    """Runs the command line; a DycokeError becomes its message and exit code 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; a DycokeError becomes its message and exit code 2.
+
+    Args:
+        arguments: what follows the program's name; None takes them from ``sys.argv``.
+    """
     # transformers would advise to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        app()
+        app(arguments)
     except DycokeError as error:
         say(f"error: {error}", style="red")
         sys.exit(USER_ERROR)

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 import typer
 
 from dycoke_jax.cli.app import Dtype, app
-from dycoke_jax.cli.console import bars, byte_counts, counts, say
+from dycoke_jax.cli.console import progress_bars, say
 from dycoke_jax.config import PoolMode
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.output import check_place
+from dycoke_jax.files import check_writable
 
 Merged = Annotated[float, typer.Option(help="DyCoke: share of redundant tokens to merge.")]
 Pruned = Annotated[float, typer.Option(help="DyCoke: share of visual KV to prune.")]
@@ -78,16 +78,11 @@ def generate(
     Decoding(max_new_tokens, temperature, top_k, top_p, seed)
     if video is not None:
         check_clip(video, allow_damaged=allow_damaged)
-    config = open_checkpoint(model).config
+    checkpoint = open_checkpoint(model, pool_mode=pool_mode)
     if compression is not None and video is not None and fps is None:
-        compression.check(config, frames)
-    with bars() as bar:
-        llava = LlavaVideo.from_pretrained(
-            model,
-            dtype=dtype,
-            pool_mode=pool_mode,
-            progress=byte_counts(bar, "loading weights"),
-        )
+        compression.check(checkpoint.config, frames)
+    with progress_bars() as progress:
+        llava = LlavaVideo.from_checkpoint(checkpoint, dtype=dtype, progress=progress)
         pieces = llava.generate(
             [video],
             [prompt],
@@ -103,7 +98,7 @@ def generate(
             time_text=time_text,
             allow_damaged=allow_damaged,
             stream=True,
-            progress=counts(bar),
+            progress=progress,
         )
         first = next(pieces)
     # The bars are gone: from here on the answer is shown as it comes.
@@ -173,13 +168,11 @@ def demo(
         raise ConfigError("only the model that ships knows the made-up clips: give --video as well")
     compression = DyCoke(k, layer, p)
     FrameSampling(frames)
-    check_place(picture)
+    check_writable(picture)
     if video is not None:
         check_clip(video)
-    with bars() as bar:
-        llava = LlavaVideo.from_pretrained(
-            model or TINY, progress=byte_counts(bar, "loading weights")
-        )
+    with progress_bars() as progress:
+        llava = LlavaVideo.from_pretrained(model or TINY, progress=progress)
         if video is not None and prompt is not None:
             asked = [demonstration.Asked(video.name, video, prompt)]
         else:
@@ -189,15 +182,14 @@ def demo(
             asked,
             {"plain": None, "DyCoke": compression},
             frames=frames,
-            progress=counts(bar),
+            progress=progress,
         )
-        show = counts(bar)
         pictured = demonstration.longest_of_each_clip(asked)
         traces = []
         for number, a in enumerate(pictured):
             trace = trace_answer(llava, a.video, a.question, compression=compression, frames=frames)
             traces.append((f"{a.clip}: {a.question}\n{trace.text}", trace))
-            show("drawing", number + 1, len(pictured))
+            progress("drawing", number + 1, len(pictured))
         save(sheet(traces), picture)
     if as_json:
         measured = demonstration.as_json(asked, sides)

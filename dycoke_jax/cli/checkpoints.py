@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from dycoke_jax.cli.app import Dtype, app
-from dycoke_jax.cli.console import bars, byte_counts, say
+from dycoke_jax.cli.console import progress_bars, say
 from dycoke_jax.config import PRESETS
 from dycoke_jax.errors import ConfigError
 
@@ -30,8 +30,8 @@ def convert(
     from dycoke_jax import checkpoint
 
     write = checkpoint.convert if to == "orbax" else checkpoint.export
-    with bars() as bar:
-        write(source, destination, dtype=dtype, progress=byte_counts(bar, "converting"))
+    with progress_bars() as progress:
+        write(source, destination, dtype=dtype, progress=progress)
     say(f"wrote {destination}")
 
 
@@ -47,8 +47,6 @@ def init(
 
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    with bars() as bar:
-        write_untrained(
-            destination, PRESETS[preset], dtype, seed, byte_counts(bar, "writing weights")
-        )
+    with progress_bars() as progress:
+        write_untrained(destination, PRESETS[preset], dtype, seed, progress)
     say(f"wrote {destination}: random weights, its answers mean nothing")

@@ -1,11 +1,16 @@
 """What a person at the terminal sees beside the answers: lines and bars, on stderr."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+from dycoke_jax.progress import BYTES, Progress
+
+_MEBI = 1 << 20
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -14,8 +19,8 @@ def say(text: str, style: str | None = None) -> None:
 
 
 @contextmanager
-def bars() -> Iterator[Progress]:
-    """Progress bars, gone after the block; hidden where nobody watches."""
+def progress_bars() -> Iterator[Progress]:
+    """Progress bars, a bar for each kind of work; gone after the block, hidden without terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -24,32 +29,20 @@ def bars() -> Iterator[Progress]:
     )
     console = Console(stderr=True)
     hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        yield progress
+    with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bars:
+        yield _shown(bars)
 
 
-def counts(bars: Progress) -> Callable[[str, int, int], None]:
-    """A bar for each thing that is done."""
+def _shown(bars: rich.progress.Progress) -> Progress:
     tasks: dict[str, Any] = {}
 
     def show(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
+        kind = what.split(":")[0]
+        if kind.endswith(BYTES):
+            what = f"{kind.removesuffix(BYTES)} (MiB)"
+            done, total = -(-done // _MEBI), -(-total // _MEBI)
+        if kind not in tasks:
+            tasks[kind] = bars.add_task(what, total=total)
+        bars.update(tasks[kind], completed=done, total=total, description=what)
 
     return show
-
-
-def training_steps(bars: Progress) -> Callable[[int, int, str], None]:
-    """A bar that says how training goes."""
-    task = bars.add_task("compiling", total=None)
-    return lambda done, total, line: bars.update(
-        task, completed=done, total=total, description=line
-    )
-
-
-def byte_counts(bars: Progress, what: str) -> Callable[[int, int, str], None]:
-    """A bar of bytes, told of them with a tensor's name."""
-    show = counts(bars)
-    mega = 1 << 20
-    return lambda done, total, _: show(f"{what} (MiB)", -(-done // mega), -(-total // mega))

@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 
 from dycoke_jax.cli.app import app
-from dycoke_jax.cli.console import bars, byte_counts, counts, say, training_steps
+from dycoke_jax.cli.console import progress_bars, say
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.output import check_place
+from dycoke_jax.files import check_writable
 
 
 @app.command(
@@ -74,7 +74,7 @@ def train(
     from dycoke_jax.training.step import Optimisation
 
     intervals = Intervals(log_every, evaluate_every, save_every)
-    with bars() as bar:
+    with progress_bars() as progress:
         what = command.FineTuning(
             model=model,
             data=data,
@@ -97,7 +97,7 @@ def train(
             ),
             seed=seed,
         )
-        trained = command.fine_tune(folder, what, intervals, training_steps(bar))
+        trained = command.fine_tune(folder, what, intervals, progress)
     say(f"wrote {trained}")
 
 
@@ -118,8 +118,8 @@ def train_tiny(
     from dycoke_jax.training.run import Intervals
 
     intervals = Intervals(log_every, evaluate_every, save_every)
-    with bars() as bar:
-        trained = command.from_scratch(folder, intervals, seed, training_steps(bar), counts(bar))
+    with progress_bars() as progress:
+        trained = command.from_scratch(folder, intervals, seed, progress)
     say(f"wrote {trained}")
 
 
@@ -159,18 +159,16 @@ def evaluate(
 
     if clips < 1:
         raise ConfigError(f"clips is {clips}; it must be at least 1")
-    check_place(results)
+    check_writable(results)
     if plot is not None:
-        check_place(plot)
+        check_writable(plot)
         report.check_plot()
     compared = HEADLINES if settings == "headlines" else HEADLINES | SWEEPS
     scenes = SceneSettings(frames)
     task = [task_clip("test", MONITORED + number, scenes) for number in range(clips)]
     blind = blind_score(question for clip in task for question in clip.questions)
-    with bars() as bar:
-        llava = LlavaVideo.from_pretrained(
-            model or TINY, progress=byte_counts(bar, "loading weights")
-        )
+    with progress_bars() as progress:
+        llava = LlavaVideo.from_pretrained(model or TINY, progress=progress)
         described = {
             "model": fingerprint(llava.params),
             "clips": clips,
@@ -178,9 +176,8 @@ def evaluate(
             "through_files": through_files,
         }
         done = report.read(results, described)
-        show = counts(bar)
         for number, (name, compression) in enumerate(compared.items()):
-            show("settings", number, len(compared))
+            progress("settings", number, len(compared))
             if name not in done:
                 done[name] = accuracy.evaluate(
                     llava,
@@ -189,7 +186,7 @@ def evaluate(
                     compression,
                     through_files=through_files,
                     batch_size=batch_size,
-                    progress=show,
+                    progress=progress,
                 )
                 report.write(results, described, done, blind)
     chosen = [done[name] for name in compared]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dycoke_jax.compression.protocol import Compressor
-from dycoke_jax.engine import Progress
 from dycoke_jax.llava_video import Answer, LlavaVideo, Video
+from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.clip_files import write_clip
 from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.task import TaskClip

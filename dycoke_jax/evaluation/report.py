@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dycoke_jax.errors import ConfigError, OutputError
 from dycoke_jax.evaluation.accuracy import Result, Tally
-from dycoke_jax.output import write_file
+from dycoke_jax.files import write_file
 from dycoke_jax.tasks.questions import KINDS
 
 WIDTH = 170

@@ -1,6 +1,6 @@
 """Frames to visual tokens, in chunks of a fixed size so that memory is bounded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.llava import Params, bind
+from dycoke_jax.progress import Progress
 
 MAX_CHUNK = 8
 """Frames that the tower takes at once: a few keep any device busy, more only take memory."""
@@ -20,7 +21,7 @@ def encode(
     params: Params,
     clips: Sequence[UInt8[np.ndarray, "F height width 3"]],
     rows: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Float[Array, "B F N D"]:
     """Encodes the frames of all clips, folded together.
 
@@ -32,7 +33,7 @@ def encode(
         params: its weights.
         clips: F frames each, resized to the tower's input; ``rows`` of them at most.
         rows: places of the batch (B); those without a clip hold zeros.
-        progress: called with the number of frames of each chunk once it is computed.
+        progress: called with the frames encoded after each chunk.
     """
     frames = np.concatenate(clips)
     per_clip = len(clips[0])
@@ -44,7 +45,7 @@ def encode(
         tokens = _encode_chunk(config, params, tokens, filled, np.int32(start))
         if progress is not None:
             tokens.block_until_ready()
-            progress(len(part))
+            progress("encoding frames", start + len(part), len(frames))
     return _unfold(tokens, np.int32(len(frames)), rows, per_clip)
 
 

@@ -9,7 +9,6 @@ from dycoke_jax.inputs.prompts import (
     Prompt,
     Tokenizer,
     build_prompt,
-    load_tokenizer,
     stop_ids,
     time_instruction,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "clip_from_array",
     "frame_indices",
     "frame_times",
-    "load_tokenizer",
     "read_clip",
     "resize",
     "stop_ids",

@@ -11,11 +11,9 @@ stay as they were given. For text without control strings the ids are those of t
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from dycoke_jax.errors import CheckpointError, PromptError
+from dycoke_jax.errors import PromptError
 
 Conversation = str | Sequence[Mapping[str, Any]]
 """A question, or the turns of a conversation: see ``build_prompt``."""
@@ -47,65 +45,10 @@ class Prompt:
     Attributes:
         before: ids ahead of the video; empty without a video.
         after: ids behind the video; all of them without a video.
-        has_video: whether a video belongs between the two.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
-    has_video: bool
-
-
-def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
-    """Loads a checkpoint's tokenizer from a local folder, without network and remote code.
-
-    Args:
-        folder: folder with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` together with
-            ``tokenizer_config.json``.
-
-    Returns:
-        A fast tokenizer of transformers.
-
-    Raises:
-        CheckpointError: if there is no folder or no tokenizer in it, if it has no fast
-            implementation, or if it lacks the control tokens of ChatML.
-    """
-    # Not at the top: transformers takes seconds to import, and imports torch where it finds it.
-    from transformers import AutoTokenizer, Qwen2Tokenizer
-
-    files = Path(folder)
-    if not files.is_dir():
-        raise CheckpointError(f"{fspath(folder)}: no such folder to load a tokenizer from")
-    if (files / "tokenizer.json").exists():
-        kind: Any = AutoTokenizer
-    elif (files / "vocab.json").exists() and (files / "merges.txt").exists():
-        # AutoTokenizer would go by the model type of config.json, which in the lmms-lab layout is
-        # "llava" and names another tokenizer.
-        kind = Qwen2Tokenizer
-    else:
-        raise CheckpointError(
-            f"{fspath(folder)}: no tokenizer in this folder; copy tokenizer.json and "
-            "tokenizer_config.json of the checkpoint into it"
-        )
-    try:
-        tokenizer = kind.from_pretrained(
-            fspath(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # transformers and tokenizers raise many kinds, bare ones too
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f"{fspath(folder)}: its tokenizer cannot be loaded ({reason}); copy tokenizer.json and "
-            "tokenizer_config.json of the checkpoint again"
-        ) from error
-    if not isinstance(tokenizer, Tokenizer):
-        raise CheckpointError(
-            f"{fspath(folder)}: {type(tokenizer).__name__} has no fast implementation; "
-            "save it again with a tokenizer.json"
-        )
-    try:
-        _control_ids(tokenizer)
-    except PromptError as error:
-        raise CheckpointError(f"{fspath(folder)}: {error}") from None
-    return tokenizer
 
 
 def build_prompt(
@@ -145,7 +88,7 @@ def build_prompt(
     if turns[0].role != "system" and system is not None:
         turns = [_Turn("system", system, None), *turns]
 
-    start, end = _control_ids(tokenizer)
+    start, end = control_ids(tokenizer)
     before: list[int] = []
     ids: list[int] = []
     for turn in turns:
@@ -162,7 +105,7 @@ def build_prompt(
         ids += _encode_text(tokenizer, "\n")
     ids.append(start)
     ids += _encode_text(tokenizer, "assistant\n")
-    return Prompt(tuple(before), tuple(ids), has_video)
+    return Prompt(tuple(before), tuple(ids))
 
 
 def encode_answer(tokenizer: Tokenizer, answer: str) -> tuple[int, ...]:
@@ -173,7 +116,7 @@ def encode_answer(tokenizer: Tokenizer, answer: str) -> tuple[int, ...]:
     """
     if not answer.strip():
         raise PromptError("the answer is empty; give the text that the model should say")
-    return (*_encode_text(tokenizer, answer), _control_ids(tokenizer)[1])
+    return (*_encode_text(tokenizer, answer), control_ids(tokenizer)[1])
 
 
 def time_instruction(clip_duration: float, times: Sequence[float]) -> str:
@@ -208,7 +151,7 @@ def stop_ids(tokenizer: Tokenizer, extra: Iterable[int] = ()) -> tuple[int, ...]
     Raises:
         PromptError: if the tokenizer lacks the control tokens of ChatML.
     """
-    ids = {_control_ids(tokenizer)[1], *(int(token) for token in extra)}
+    ids = {control_ids(tokenizer)[1], *(int(token) for token in extra)}
     end_of_text = getattr(tokenizer, "eos_token_id", None)
     if end_of_text is not None:
         ids.add(int(end_of_text))
@@ -224,8 +167,12 @@ class _Turn:
     behind_video: str | None
 
 
-def _control_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Ids of the tokens that open and close a turn."""
+def control_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids of the tokens that open and close a turn.
+
+    Raises:
+        PromptError: if the tokenizer lacks one of them.
+    """
     ids = [tokenizer.backend_tokenizer.token_to_id(token) for token in (_TURN_START, _TURN_END)]
     if None in ids:
         raise PromptError(

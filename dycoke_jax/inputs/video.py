@@ -9,7 +9,7 @@ often. A damaged clip is an error unless the caller asks for what is left of it.
 """
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 
 from dycoke_jax.errors import ConfigError, VideoError
 from dycoke_jax.inputs.frames import resize
+from dycoke_jax.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,12 @@ class Clip:
         frames: uint8 RGB values, upright and squeezed to squares.
         times: seconds from the clip's start, one for every frame.
         duration: length of the clip in seconds.
-        fps: frames a second, on average.
-        total_frames: frames that were there to choose from.
         notes: what the person who asked should know, one sentence each; empty if all is well.
     """
 
     frames: UInt8[np.ndarray, "F size size 3"]
     times: tuple[float, ...]
     duration: float
-    fps: float
-    total_frames: int
     notes: tuple[str, ...] = ()
 
 
@@ -144,8 +141,6 @@ def clip_from_array(frames: ArrayLike, size: int, *, fps: float = 1.0) -> Clip:
         frames=np.stack([resize(frame, size) for frame in array]),
         times=tuple(index / fps for index in range(len(array))),
         duration=len(array) / fps,
-        fps=fps,
-        total_frames=len(array),
     )
 
 
@@ -155,7 +150,7 @@ def read_clip(
     size: int,
     *,
     allow_damaged: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Clip:
     """Reads the chosen frames of a video file.
 
@@ -165,7 +160,7 @@ def read_clip(
         size: side of the resulting squares in pixels.
         allow_damaged: take what can be decoded of a damaged or cut file, and say so in the clip's
             notes. Frames next to a damaged place may show its traces.
-        progress: called with (frames decoded, frames to decode) as the work goes on; it starts
+        progress: called with the frames decoded and to decode as the work goes on; it starts
             again for a damaged clip.
 
     Returns:
@@ -210,8 +205,6 @@ def read_clip(
         frames=picked.frames,
         times=frame_times(total, found.fps, sampling),
         duration=total / found.fps,
-        fps=found.fps,
-        total_frames=total,
         notes=tuple(notes),
     )
 
@@ -339,7 +332,7 @@ def _pick(
     indices: Int[np.ndarray, "F"],
     size: int,
     threads: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> _Picked:
     """Decodes up to the last wanted frame; wanted frames beyond the end are the last there is."""
     wanted, rows = np.unique(indices, return_inverse=True)
@@ -359,7 +352,7 @@ def _pick(
             decoded += 1
             last = frame
             if progress is not None:
-                progress(decoded, goal)
+                progress("decoding frames", decoded, goal)
             if decoded == goal:
                 break
     if last is not None and filled < len(wanted):

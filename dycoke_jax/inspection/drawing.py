@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from dycoke_jax.files import write_file
 from dycoke_jax.inspection.tracing import Trace
-from dycoke_jax.output import write_file
 
 _FRAME = 128
 """Pixels a side of a frame in the picture."""

@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.engine import Progress
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.models.llava import Params, bind
+from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.scenes import GRID, SceneSettings, draw_scene
 from dycoke_jax.training.lessons import teach
@@ -77,8 +77,7 @@ def align(
         pictures = [_picture(config, tokenizer, seed) for seed in seeds]
         return tuple(map(np.stack, zip(*pictures, strict=True)))
 
-    told = (lambda done: progress("naming pictures", done, steps)) if progress else None
-    return {**rest, **teach(seen, loss, batch, steps, _RATE, told)}
+    return {**rest, **teach(seen, loss, batch, steps, _RATE, "naming pictures", progress)}
 
 
 def _picture(

@@ -10,22 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from dycoke_jax.checkpoint import load_params, open_checkpoint
+from dycoke_jax.checkpoint import open_checkpoint
 from dycoke_jax.checkpoint.conversion import copy_companions
 from dycoke_jax.checkpoint.save import save_llava_hf
-from dycoke_jax.config import LlavaConfig
-from dycoke_jax.engine import Progress as Lessons
+from dycoke_jax.checkpoint.tokenizer import load_tokenizer
+from dycoke_jax.config import TINY, LlavaConfig
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.inputs.processor import check_processor
-from dycoke_jax.inputs.prompts import load_tokenizer
 from dycoke_jax.inputs.video import FrameSampling, read_clip
 from dycoke_jax.models.llava import Params
+from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.training import alignment, tiny, watching
 from dycoke_jax.training.batches import Example, pack
 from dycoke_jax.training.loss import Thinning
 from dycoke_jax.training.records import RecordSource, read_records
-from dycoke_jax.training.run import Intervals, Progress, Shapes, train
+from dycoke_jax.training.run import Intervals, Shapes, train
 from dycoke_jax.training.scoring import HeldOut, accuracy, task_held_out
 from dycoke_jax.training.sources import BatchShape, Source, Stage, TaskSource, ThinningMix
 from dycoke_jax.training.step import Optimisation
@@ -72,8 +71,7 @@ def fine_tune(
     """
     checkpoint = open_checkpoint(what.model)
     config, size = checkpoint.config, checkpoint.config.vision.image_size
-    check_processor(checkpoint.folder, size)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = checkpoint.tokenizer
     if what.data is None and what.sampling.fps is not None:
         raise ConfigError("fps is for clips from files; the built-in task has frames only")
     held_out = None
@@ -95,15 +93,15 @@ def fine_tune(
             example = Example(frames, [record.question], [record.answer])
             batches.append(pack(tokenizer, [example], what.shape.width))
         held_out = HeldOut(batches, [[["all"]]] * len(batches))
-    described = dataclasses.asdict(what) | {"model": str(checkpoint.folder)}
+    described = dataclasses.asdict(what) | {"model": str(checkpoint.folder.path)}
 
     def save_tokenizer(target: Path) -> None:
-        copy_companions(checkpoint.folder, target)
+        copy_companions(checkpoint.folder.path, target)
 
     return _run(
         folder,
         config,
-        lambda: load_params(checkpoint.folder, config, np.float32),
+        lambda: checkpoint.load(np.float32),
         source,
         what.optimisation,
         described,
@@ -120,7 +118,6 @@ def from_scratch(
     intervals: Intervals,
     seed: int = 0,
     progress: Progress | None = None,
-    lessons: Lessons | None = None,
 ) -> Path:
     """The recipe of the checkpoint that ships with the package; see ``training.tiny``.
 
@@ -128,8 +125,7 @@ def from_scratch(
         folder: of the run.
         intervals: see there.
         seed: of everything random.
-        progress: told after each step.
-        lessons: told of the lessons before the first step.
+        progress: called after each step.
 
     Returns:
         The folder of the trained model.
@@ -143,24 +139,24 @@ def from_scratch(
     described = {
         "recipe": "tiny",
         "lessons": {"align": alignment.STEPS, "watch": watching.STEPS},
-        "sizes": dataclasses.asdict(tiny.SIZES),
+        "sizes": dataclasses.asdict(TINY),
         "stages": [dataclasses.asdict(stage) for stage in tiny.STAGES],
         "optimisation": dataclasses.asdict(tiny.OPTIMISATION),
         "seed": seed,
     }
     return _run(
         folder,
-        tiny.SIZES,
-        lambda: tiny.initial(tokenizer, seed, lessons),
+        TINY,
+        lambda: tiny.initial(tokenizer, seed, progress),
         tiny.source(tokenizer, seed),
         tiny.OPTIMISATION,
         described,
         seed,
-        task_held_out(tokenizer, tiny.SIZES.vision.image_size),
+        task_held_out(tokenizer, TINY.vision.image_size),
         tiny.save_tokenizer,
         intervals,
         progress,
-        {watching.READERS: watching.readers_shape(tiny.SIZES)},
+        {watching.READERS: watching.readers_shape(TINY)},
     )
 
 

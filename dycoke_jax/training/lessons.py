@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from dycoke_jax.models.llava import Params
+from dycoke_jax.progress import Progress
 
 Loss = Callable[..., Float[Array, ""]]
 Batches = Callable[[int], tuple]
@@ -20,7 +21,8 @@ def teach(
     batch: Batches,
     steps: int,
     rate: float,
-    progress: Callable[[int], None] | None = None,
+    what: str,
+    progress: Progress | None = None,
 ) -> Params:
     """Minimises a loss over weights.
 
@@ -31,7 +33,8 @@ def teach(
         steps: of training.
         rate: the highest learning rate; it rises for a fifteenth of the steps and then falls to
             zero as a cosine does.
-        progress: told the number of steps done, after each.
+        what: name of this training for ``progress``.
+        progress: called after each step.
 
     Returns:
         The weights after the last step.
@@ -54,5 +57,5 @@ def teach(
     for number in range(steps):
         params, moments = step(params, moments, batch(number))
         if progress:
-            progress(number + 1)
+            progress(what, number + 1, steps)
     return params

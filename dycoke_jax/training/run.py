@@ -21,6 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import CheckpointError, ConfigError
 from dycoke_jax.models.llava import Params, abstract_params
+from dycoke_jax.progress import Progress
 from dycoke_jax.training.sources import Source
 from dycoke_jax.training.step import Metrics, Optimisation, TrainState, start, train_step
 
@@ -28,10 +29,6 @@ RUN, LOG, STATE = "run.json", "log.jsonl", "state"
 
 Evaluate = Callable[[Params], Mapping[str, Any]]
 """Scores weights; what it returns is written to the log."""
-
-Progress = Callable[[int, int, str], None]
-"""Called after each step with steps done, steps in all, and a line about loss and accuracy."""
-
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 """Shapes and dtypes of weights by path."""
@@ -143,7 +140,7 @@ def _loop(
             if done % intervals.save == 0 or done == settings.steps:
                 saved.save(done, state, overwrite=True)
             if progress:
-                progress(done, settings.steps, _line(metrics))
+                progress(f"training: {_line(metrics)}", done, settings.steps)
     return state.params
 
 

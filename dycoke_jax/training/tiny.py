@@ -6,40 +6,16 @@ from pathlib import Path
 
 from dycoke_jax.checkpoint.untrained import save_byte_tokenizer
 from dycoke_jax.compression.dycoke import DyCoke
-from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
-from dycoke_jax.engine import Progress
+from dycoke_jax.config import TINY
 from dycoke_jax.inputs.prompts import DEFAULT_SYSTEM, Tokenizer
 from dycoke_jax.models.llava import Params, random_params
+from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.tasks.task import task_clip
 from dycoke_jax.training import watching
 from dycoke_jax.training.alignment import align
 from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix
 from dycoke_jax.training.step import Course, Optimisation
-
-SIZES = LlavaConfig(
-    vision=VisionConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_layers=3,
-        num_heads=4,
-        patch_size=8,
-        image_size=64,
-    ),
-    text=TextConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=352,
-        num_layers=6,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        tie_word_embeddings=True,
-        rope_theta=1e4,
-        max_positions=4096,
-    ),
-)
-"""1.3 million weights: 16 visual tokens a frame, 256 for a clip of 16 frames."""
 
 # After the lessons of the eyes: short questions about every thing of a clip, of pictures and clips
 # in turn, and then the whole task. Most tokens of the whole task's answers are those of its long
@@ -76,7 +52,7 @@ OPTIMISATION = Optimisation(
 
 def source(tokenizer: Tokenizer, seed: int = 0) -> TaskSource:
     """The batches of all stages."""
-    return TaskSource(tokenizer, SIZES.vision.image_size, STAGES, seed, with_facts=True)
+    return TaskSource(tokenizer, TINY.vision.image_size, STAGES, seed, with_facts=True)
 
 
 def initial(tokenizer: Tokenizer, seed: int = 0, progress: Progress | None = None) -> Params:
@@ -88,17 +64,17 @@ def initial(tokenizer: Tokenizer, seed: int = 0, progress: Progress | None = Non
         progress: told of each lesson's steps.
     """
     params = {}
-    for path, weight in random_params(SIZES, seed).items():
+    for path, weight in random_params(TINY, seed).items():
         # Wider than large models begin: layers as narrow as these would learn slowly at first.
         is_matrix = weight.ndim > 1 and "embed" not in path
         scale = 0.7 * weight[0].size ** -0.5 / 0.02 if is_matrix else 1.0
         params[path] = weight * scale
-    return watching.watch(SIZES, align(SIZES, params, tokenizer, progress), progress)
+    return watching.watch(TINY, align(TINY, params, tokenizer, progress), progress)
 
 
 def save_tokenizer(folder: Path) -> None:
     """A tokenizer of bytes and the words of the task."""
-    save_byte_tokenizer(folder, _texts(), SIZES.text.vocab_size)
+    save_byte_tokenizer(folder, _texts(), TINY.text.vocab_size)
 
 
 def _texts() -> Iterator[str]:

@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.engine import Progress
 from dycoke_jax.generation.assemble import place_newlines
 from dycoke_jax.models.llava import Params, bind
 from dycoke_jax.models.qwen2 import positions_of
+from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.scenes import (
     COLOURS,
@@ -106,8 +106,7 @@ def watch(
         frames = np.stack([draw(scene, config.vision.image_size) for scene in scenes])
         return frames, facts
 
-    told = (lambda done: progress("following things", done, steps)) if progress else None
-    return {**rest, **teach(lower, loss, batch, steps, _RATE, told)}
+    return {**rest, **teach(lower, loss, batch, steps, _RATE, "following things", progress)}
 
 
 def readers_shape(config: LlavaConfig) -> jax.ShapeDtypeStruct:

@@ -1,12 +1,12 @@
 """Checks a checkpoint's processor files against the one preprocessing that is compiled in."""
 
-import json
 from collections.abc import Iterator, Mapping
 from math import isclose
 from pathlib import Path
 from typing import Any
 
-from dycoke_jax.errors import CheckpointError, ConfigError
+from dycoke_jax.errors import ConfigError
+from dycoke_jax.files import read_json_object
 
 # What each setting must be where it is present; lists are compared element by element.
 _MUST_BE: Mapping[str, Any] = {
@@ -48,30 +48,16 @@ def check_processor(folder: Path, size: int) -> None:
             raise ConfigError(f"{name}: size is {sides}; the vision tower takes {size} x {size}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An optional file's object; empty where there is no file.
-
-    Raises:
-        CheckpointError: if it is not a JSON object.
-    """
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold an object, not {type(content).__name__}")
-    return content
-
-
 def _processors(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        yield name, read_json(folder / name)
-    together = read_json(folder / "processor_config.json")
-    for part in ("image_processor", "video_processor"):
-        if isinstance(together.get(part), dict):
-            yield f"processor_config.json: {part}", together[part]
+        if (folder / name).exists():
+            yield name, read_json_object(folder / name)
+    together = folder / "processor_config.json"
+    if together.exists():
+        settings = read_json_object(together)
+        for part in ("image_processor", "video_processor"):
+            if isinstance(settings.get(part), dict):
+                yield f"{together.name}: {part}", settings[part]
 
 
 def _equal(value: Any, wanted: Any) -> bool:

@@ -1,0 +1,90 @@
+"""Opens a checkpoint: everything small is read and checked, the weights are read on demand."""
+
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+import jax
+from jax.typing import DTypeLike
+
+from dycoke_jax.checkpoint.folder import Folder, open_folder
+from dycoke_jax.checkpoint.load import load_params
+from dycoke_jax.checkpoint.processor import check_processor
+from dycoke_jax.checkpoint.tokenizer import load_tokenizer
+from dycoke_jax.config import LlavaConfig, PoolMode
+from dycoke_jax.errors import CheckpointError
+from dycoke_jax.files import read_json_object
+from dycoke_jax.inputs.prompts import Tokenizer, stop_ids
+from dycoke_jax.progress import Progress
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk with all that belongs to it.
+
+    Attributes:
+        folder: where it is, and its configuration.
+        tokenizer: a fast tokenizer of transformers.
+        stop_ids: ids that end an answer, in ascending order.
+    """
+
+    folder: Folder
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+
+    @property
+    def config(self) -> LlavaConfig:
+        """The model's configuration."""
+        return self.folder.config
+
+    def load(
+        self, dtype: DTypeLike | None = None, progress: Progress | None = None
+    ) -> dict[str, jax.Array]:
+        """Reads the weights; see ``load_params``."""
+        return load_params(self.folder, dtype, progress)
+
+
+def open_checkpoint(
+    name_or_path: str | PathLike[str], *, pool_mode: PoolMode | None = None
+) -> Checkpoint:
+    """Finds a checkpoint, and reads and checks everything but its weights.
+
+    Args:
+        name_or_path: a folder in the lmms-lab or the llava-hf layout, a folder that
+            ``dycoke-jax convert`` made, or a hub id ``org/name``, which is downloaded.
+        pool_mode: replaces the pooling of the configuration.
+
+    Raises:
+        CheckpointError: if it cannot be found, or one of its files cannot be read or does not fit.
+        ConfigError: naming a setting of the model or of its processor that is not supported.
+    """
+    folder = open_folder(str(name_or_path))
+    if pool_mode is not None:
+        folder = replace(folder, config=replace(folder.config, pool_mode=pool_mode))
+    check_processor(folder.path, folder.config.vision.image_size)
+    tokenizer = load_tokenizer(folder.path)
+    check_vocabulary(tokenizer, folder.config)
+    return Checkpoint(folder, tokenizer, stop_ids(tokenizer, _extra_stops(folder.path)))
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
+    """Refuses a tokenizer with more tokens than the model has.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    largest = max(tokenizer.backend_tokenizer.get_vocab().values())
+    if largest >= config.text.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer knows ids up to {largest}, the model only {config.text.vocab_size} "
+            "tokens; they do not belong together"
+        )
+
+
+def _extra_stops(folder: Path) -> tuple[int, ...]:
+    """The ids of ``generation_config.json`` that end an answer, where there is such a file."""
+    path = folder / "generation_config.json"
+    ids = read_json_object(path).get("eos_token_id") if path.exists() else None
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)
