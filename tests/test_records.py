@@ -127,4 +127,4 @@ def test_clips_of_a_step_need_equally_many_frames(tmp_path, tokenizer):
     shape = BatchShape(rows=2, accumulate=1, width=120)
     made = RecordSource(records, tokenizer, 98, FrameSampling(4, fps=100.0), shape)
     with pytest.raises(DycokeError, match=r"\.mp4 gives \d frames and .*\.mp4 \d; clips of a step"):
-        made.batch(0)
+        made.step(0)

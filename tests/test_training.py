@@ -13,10 +13,11 @@ from support.tokenizers import tiny_tokenizer
 from dycoke_jax import DyCoke, DycokeError
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.training.batches import Example, pack, token_count
-from dycoke_jax.training.loss import Thinning, score_answers
-from dycoke_jax.training.run import Intervals, train
-from dycoke_jax.training.sources import BatchShape, Stage, TaskSource, ThinningMix
-from dycoke_jax.training.step import Course, Optimisation, module_of, schedule, start, train_step
+from dycoke_jax.training.loss import score_answers
+from dycoke_jax.training.run import Intervals, Run, train
+from dycoke_jax.training.sources import BatchShape, TaskSource
+from dycoke_jax.training.step import Cycle, Optimisation, module_of, schedule, start, train_step
+from dycoke_jax.training.token_dropping import TokenDropping, TokenDroppingMix
 
 TOKENIZER = tiny_tokenizer()
 QUESTIONS = ("What is it?", "Which colour?", "How many are there?")
@@ -66,15 +67,15 @@ def test_a_right_answer_is_what_generation_says(k):
     ids[0, place] = said
     is_answer = np.zeros_like(np.asarray(batch.is_answer))
     is_answer[0, place] = True
-    thinning = None if k is None else Thinning(k)
+    dropping = None if k is None else TokenDropping(k)
     right = batch._replace(ids=jnp.asarray(ids), is_answer=jnp.asarray(is_answer))
-    assert bool(score_answers(model.config, model.params, right, thinning=thinning).right[0, 0])
+    assert bool(score_answers(model.config, model.params, right, dropping=dropping).right[0, 0])
     ids[0, place[-1]] = (ids[0, place[-1]] + 1) % 256
     wrong = right._replace(ids=jnp.asarray(ids))
-    assert not bool(score_answers(model.config, model.params, wrong, thinning=thinning).right[0, 0])
+    assert not bool(score_answers(model.config, model.params, wrong, dropping=dropping).right[0, 0])
 
 
-def test_thinning_at_random_keeps_as_many_tokens_and_needs_its_key():
+def test_dropping_at_random_keeps_as_many_tokens_and_needs_its_key():
     model = tiny_model(layers=1)
     batch = pack(TOKENIZER, [example()], 200)
     losses = [
@@ -83,7 +84,7 @@ def test_thinning_at_random_keeps_as_many_tokens_and_needs_its_key():
                 model.config,
                 model.params,
                 batch,
-                thinning=Thinning(0.7, at_random=True),
+                dropping=TokenDropping(0.7, at_random=True),
                 key=jax.random.key(seed),
             ).loss
         )
@@ -110,10 +111,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert int(parts.step) == int(whole.step) == 1
 
 
-def test_learning_rate_takes_a_second_course():
+def test_learning_rate_takes_a_second_cycle():
     """Up to its beginning, nothing depends on it."""
-    courses = (Course(20, 4e-3),)
-    twice = Optimisation(30, learning_rate=1e-2, warm_up=5, courses=courses)
+    cycles = (Cycle(20, 4e-3),)
+    twice = Optimisation(30, learning_rate=1e-2, warm_up=5, cycles=cycles)
     rates = [float(schedule(twice)(step)) for step in range(30)]
     once = schedule(Optimisation(20, learning_rate=1e-2, warm_up=5))
     assert rates[:20] == [float(once(step)) for step in range(20)]
@@ -172,31 +173,48 @@ def test_frozen_layers_stay_as_they_are_and_have_no_moments():
         assert same == path.startswith(frozen), path
 
 
-LESSONS = (
-    Stage(6, SceneSettings(1, 1, 1), BatchShape(4, 1, 200)),
-    Stage(6, SceneSettings(6, 1, 2), BatchShape(1, 2, 600), ThinningMix(0.4, 0.3, 0.7)),
-)
+class TwoTasks:
+    """Still pictures for six steps, then clips, of which some steps drop tokens."""
 
+    pictures = TaskSource(TOKENIZER, 98, SceneSettings(1, 1, 1), BatchShape(4, 1, 200))
+    clips = TaskSource(
+        TOKENIZER,
+        98,
+        SceneSettings(6, 1, 2),
+        BatchShape(1, 2, 600),
+        TokenDroppingMix(0.4, 0.3, 0.7),
+    )
 
-def lessons():
-    return TaskSource(TOKENIZER, 98, LESSONS)
+    def step(self, number):
+        return (self.pictures if number < 6 else self.clips).step(number)
 
 
 def initial():
     return tiny_model(layers=1).params
 
 
-def run(folder, source=None, **changes):
-    settings = Optimisation(steps=12, learning_rate=3e-3, warm_up=2)
+def new_run(folder, source, optimisation, **settings):
+    return Run(
+        folder=folder,
+        config=tiny_model(layers=1).config,
+        initial=initial,
+        source=source,
+        optimisation=optimisation,
+        save_tokenizer=TOKENIZER.save_pretrained,
+        **({"described": {}} | settings),
+    )
+
+
+def run(folder, source=None):
     return train(
-        folder,
-        tiny_model(layers=1).config,
-        initial,
-        source or lessons(),
-        settings,
-        described={"seed": 0} | changes,
-        intervals=Intervals(log=1, evaluate=5, save=4),
-        evaluate=lambda params: {"norm": float(jnp.linalg.norm(params["image_newline"]))},
+        new_run(
+            folder,
+            source or TwoTasks(),
+            Optimisation(steps=12, learning_rate=3e-3, warm_up=2),
+            described={"seed": 0},
+            intervals=Intervals(log=1, evaluate=5, save=4),
+            evaluate=lambda params: {"norm": float(jnp.linalg.norm(params["image_newline"]))},
+        )
     )
 
 
@@ -204,13 +222,13 @@ class Killed(BaseException):
     """Stands for a killed process: nothing in the package catches it."""
 
 
-class Cut(TaskSource):
-    """Dies when the tenth batch is asked for."""
+class Cut(TwoTasks):
+    """Dies when the data of the tenth step is asked for."""
 
-    def batch(self, step):
-        if step == 9:
+    def step(self, number):
+        if number == 9:
             raise Killed
-        return super().batch(step)
+        return super().step(number)
 
 
 @pytest.mark.slow
@@ -218,7 +236,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     """Killed at step 9, gone on from the checkpoint of step 8; the log holds each step once."""
     straight = run(tmp_path / "straight")
     with pytest.raises(Killed):
-        run(tmp_path / "cut", Cut(TOKENIZER, 98, LESSONS))
+        run(tmp_path / "cut", Cut())
     resumed = run(tmp_path / "cut")
     for path, weight in straight.items():
         np.testing.assert_array_equal(weight, resumed[path], err_msg=path)
@@ -234,12 +252,10 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_loss_falls_from_scratch(tmp_path):
     """From chance over 320 ids (5.8 nats) to below 2.5 nats in eighty steps on still pictures."""
-    stage = Stage(80, SceneSettings(1, 1, 1), BatchShape(4, 1, 200))
     settings = Optimisation(steps=80, learning_rate=1e-2, warm_up=5)
-    config = tiny_model(layers=1).config
-    source = TaskSource(TOKENIZER, 98, (stage,))
     params = {k: v / 10 if v.ndim > 1 else v for k, v in initial().items()}
-    train(tmp_path / "run", config, lambda: params, source, settings, described={})
+    small = new_run(tmp_path / "run", TwoTasks.pictures, settings)
+    train(replace(small, initial=lambda: params))
     entries = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert entries[-1]["step"] == 80
     assert entries[-1]["loss"] < 2.5
@@ -273,7 +289,7 @@ def test_what_cannot_be_packed_is_refused_or_left_out_as_said():
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"tower": -1.0}, "tower is -1"),
         ({"frozen_layers": -1}, "frozen_layers is -1"),
-        ({"courses": (Course(4, 1e-3),)}, "give ascending steps within the run"),
+        ({"cycles": (Cycle(4, 1e-3),)}, "give ascending steps within the run"),
         ({"language": 0.0, "tower": 0.0, "projector": 0.0}, "everything is frozen"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
+from orbax.checkpoint import v1 as ocp
 
 from dycoke_jax.checkpoint import names
 from dycoke_jax.checkpoint.report import Report

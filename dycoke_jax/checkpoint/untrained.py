@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from jax.typing import DTypeLike
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dycoke_jax.checkpoint.save import save_llava_hf
 from dycoke_jax.config import LlavaConfig
@@ -13,6 +13,7 @@ from dycoke_jax.models.llava import abstract_params, random_param
 from dycoke_jax.progress import Progress
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+"""The control tokens of ChatML and the places of images and videos; the last ids of a tokenizer."""
 
 
 def write_untrained(
@@ -46,34 +47,26 @@ def write_untrained(
         dst,
         config,
         make,
-        save_byte_tokenizer,
+        lambda folder: save_tokenizer(byte_tokenizer(), folder),
         dtype=dtype,
         progress=progress,
         max_shard_bytes=max_shard_bytes,
     )
 
 
-def save_byte_tokenizer(folder: Path, texts: Iterable[str] = (), tokens: int = 0) -> None:
-    """A tokenizer of plain bytes and, if asked for, the commonest pieces of some texts.
-
-    Ids: one a byte, then the pieces, then the control tokens of ChatML.
-
-    Args:
-        folder: gets the files.
-        texts: to learn pieces from.
-        tokens: ids in all, at most; there is one a byte and a control token at least.
-    """
-    from transformers import PreTrainedTokenizerFast
-
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer with one id for each byte and no merges."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    if tokens:
-        trainer = trainers.BpeTrainer(
-            vocab_size=tokens - len(CONTROL_TOKENS), initial_alphabet=letters, show_progress=False
-        )
-        backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def save_tokenizer(backend: Tokenizer, folder: Path) -> None:
+    """Appends ``CONTROL_TOKENS`` to a tokenizer and writes its files into a folder."""
+    from transformers import PreTrainedTokenizerFast
+
     backend.add_special_tokens(list(CONTROL_TOKENS))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(
         folder

@@ -68,20 +68,21 @@ def train(
 ) -> None:
     """Fine-tune a model on clips with questions and answers."""
     from dycoke_jax.inputs import FrameSampling
-    from dycoke_jax.training import command
+    from dycoke_jax.training.fine_tuning import FineTuning, fine_tune
     from dycoke_jax.training.run import Intervals
-    from dycoke_jax.training.sources import BatchShape, ThinningMix
+    from dycoke_jax.training.sources import BatchShape
     from dycoke_jax.training.step import Optimisation
+    from dycoke_jax.training.token_dropping import TokenDroppingMix
 
     intervals = Intervals(log_every, evaluate_every, save_every)
     with progress_bars() as progress:
-        what = command.FineTuning(
+        what = FineTuning(
             model=model,
             data=data,
             test_data=test_data,
             sampling=FrameSampling(frames, fps),
             shape=BatchShape(rows, accumulate, width),
-            thinning=ThinningMix(merged, random, k),
+            dropping=TokenDroppingMix(merged, random, k),
             optimisation=Optimisation(
                 steps=steps,
                 learning_rate=learning_rate,
@@ -97,14 +98,14 @@ def train(
             ),
             seed=seed,
         )
-        trained = command.fine_tune(folder, what, intervals, progress)
+        trained = fine_tune(folder, what, intervals, progress)
     say(f"wrote {trained}")
 
 
 @app.command(
     "train-tiny", epilog="Example: `dycoke-jax train-tiny tiny-run`; two hours on two CPU cores."
 )
-def train_tiny(
+def make_tiny(
     folder: Annotated[
         Path, typer.Argument(help="Of the run; one that was cut off goes on where it was.")
     ],
@@ -114,12 +115,12 @@ def train_tiny(
     save_every: Annotated[int, typer.Option(help="Steps.")] = 50,
 ) -> None:
     """Make the package's own tiny model anew, from random weights."""
-    from dycoke_jax.training import command
+    from dycoke_jax.recipes.tiny.recipe import train_tiny
     from dycoke_jax.training.run import Intervals
 
     intervals = Intervals(log_every, evaluate_every, save_every)
     with progress_bars() as progress:
-        trained = command.from_scratch(folder, intervals, seed, progress)
+        trained = train_tiny(folder, intervals, seed, progress)
     say(f"wrote {trained}")
 
 

@@ -68,12 +68,12 @@ def ask(scene: Scene, random: np.random.Generator) -> list[Question]:
     return asked
 
 
-def drill(scene: Scene, random: np.random.Generator) -> list[Question]:
-    """Short questions about every thing, in random order: to practise what ``ask`` asks once.
+def short_questions(scene: Scene, random: np.random.Generator) -> list[Question]:
+    """Short questions about every thing of a scene, in random order.
 
-    Its colour and where it is in the end; its shape in a still picture; in a clip which way it
-    moves and, of moving ones, which colour it meets. Most name the thing by its shape, which is
-    harder to find than a colour.
+    They practise what ``ask`` asks once: a thing's colour and where it is in the end; its shape in
+    a still picture; in a clip which way it moves and, of moving ones, which colour it meets. Most
+    name the thing by its shape, which is harder to find than a colour.
     """
     asked = []
     for thing in scene.things:

@@ -26,14 +26,11 @@ class Example:
         frames: resized to the tower's input.
         questions: a text or the turns of a conversation each, see ``inputs.prompts``.
         answers: the right answer to each.
-        facts: what is known of each visual token (see ``watching.facts_of``), to be learned beside
-            the answers; None: nothing.
     """
 
     frames: UInt8[np.ndarray, "F height width 3"]
     questions: Sequence[Conversation]
     answers: Sequence[str]
-    facts: Int[np.ndarray, "F N facts"] | None = None
 
 
 class Batch(NamedTuple):
@@ -50,7 +47,6 @@ class Batch(NamedTuple):
     """Place of a token in its part."""
     is_answer: Bool[Array, "*steps B Q"]
     """Tokens to be predicted: the answer and the control token that ends it."""
-    facts: Int[Array, "*steps B F N facts"] | None = None
 
 
 def token_count(tokenizer: Tokenizer, question: Conversation, answer: str) -> int:
@@ -102,7 +98,4 @@ def pack(tokenizer: Tokenizer, examples: Sequence[Example], width: int) -> Batch
         prefix[row, : len(values)] = values
     frames = np.stack([example.frames for example in examples])
     arrays = [frames, prefix, lengths, *columns.values(), is_answer]
-    facts = [example.facts for example in examples if example.facts is not None]
-    if facts:
-        arrays.append(np.stack(facts))
     return Batch(*map(jnp.asarray, arrays))

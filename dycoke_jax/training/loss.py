@@ -1,8 +1,7 @@
 """Cross entropy of the answers, and which of them are right, for packed batches."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +12,67 @@ from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.assemble import Visual, place_newlines
 from dycoke_jax.models.llava import Llava, Params, bind
-from dycoke_jax.models.qwen2 import positions_of
+from dycoke_jax.models.qwen2 import Qwen2Layer, Rope, positions_of
 from dycoke_jax.training.batches import Batch
-from dycoke_jax.training.foresight import foresight_loss, visual_attention
-from dycoke_jax.training.watching import DEPTH, READERS, fact_loss
+from dycoke_jax.training.token_dropping import TokenDropping
 
-FACTS_WEIGHT, FORESIGHT_WEIGHT = 0.5, 0.5
-"""Of what is learned beside the answers, in the loss."""
+MAX_PARTS = 64
+"""Questions of a row that are told apart in ``Scores``."""
 
 
-@dataclass(frozen=True)
-class Thinning:
-    """Which visual tokens a model is trained with.
+class Forward(NamedTuple):
+    """What an auxiliary loss may know of the pass over a batch."""
 
-    Attributes:
-        k: as temporal token merging with this share keeps them (see ``DyCoke.k``).
-        at_random: as many tokens, but drawn at random.
-        pruned_layer: layer from which they are to be pruned while decoding (``DyCoke.layer``): the
-            one before it learns to attend to what the later ones read, see ``foresight``. 0: none.
+    model: Llava
+    """With the weights in the dtype of the computation."""
+    params: Params
+    """As they were given, entries included that are not the model's own."""
+    rope: Rope
+    valid: Bool[Array, "B T"]
+    parts: Int[Array, "B T"]
+    """See ``ops.attention``; questions and answers begin where the visual slots end."""
+    visual: Visual
+    visual_slots: slice
+    kept: Int[Array, "B M"] | None
+    """Visual tokens that were kept, as indices into the F * N of a clip; None: all."""
+    is_answer: Bool[Array, "B Q"]
+
+
+@runtime_checkable
+class AuxiliaryLoss(Protocol):
+    """A loss on the states of some layers, added to that of the answers.
+
+    Hashable, because training steps are compiled for it.
     """
 
-    k: float
-    at_random: bool = False
-    pruned_layer: int = 0
+    def __hash__(self) -> int: ...
+
+    def read(
+        self, number: int, layer: Qwen2Layer, x: Float[Array, "B T D"], forward: Forward
+    ) -> Any:
+        """What the loss needs to know of the input ``x`` of decoder layer ``number``, or None."""
+
+    def loss(self, reads: Sequence[Any], forward: Forward, targets: Any) -> Float[Array, ""]:
+        """The weighted loss.
+
+        Args:
+            reads: what ``read`` returned and was not None, in the order of the layers.
+            forward: the pass over the batch.
+            targets: what the source gives besides the batch (``sources.StepData.targets``).
+        """
 
 
 class Scores(NamedTuple):
     """What a batch's answers were worth."""
 
     loss: Float[Array, ""]
-    """Cross entropy in nats, summed over tokens."""
+    """Cross entropy in nats, summed over answer tokens."""
     tokens: Int[Array, ""]
+    """Answer tokens."""
     right_tokens: Int[Array, ""]
-    beside: Float[Array, ""]
-    """Losses of what is learned beside the answers (``watching.fact_loss`` where the batch has
-    facts, ``foresight_loss`` for a pruned layer), weighted."""
+    """Answer tokens that were the most likely ones."""
+    auxiliary: Float[Array, ""]
+    """Sum of the auxiliary losses."""
     right: Bool[Array, "B parts"]
     """Whether every token of a part's answer was the most likely one, from part 1 on: greedy
     decoding would then have said just this answer."""
@@ -60,25 +85,29 @@ def score_answers(
     params: Params,
     batch: Batch,
     *,
-    thinning: Thinning | None = None,
+    dropping: TokenDropping | None = None,
     key: Array | None = None,
+    auxiliary: Sequence[AuxiliaryLoss] = (),
+    targets: Any = None,
     dtype: DTypeLike = jnp.float32,
     rematerialise: bool = False,
 ) -> Scores:
-    """Runs the model over a batch, gradients included if asked for.
+    """Runs the model over a batch; differentiable in ``params``.
 
     Args:
         config: the model.
-        params: its weights.
+        params: its weights, and those of auxiliary losses.
         batch: without an accumulation axis.
-        thinning: visual tokens to leave out; None keeps all.
-        key: of random thinning.
-        dtype: of the computation; softmax and loss are in float32.
+        dropping: visual tokens to drop; None keeps all.
+        key: random key of dropping at random; not needed otherwise.
+        auxiliary: losses to be added to that of the answers.
+        targets: what the auxiliary losses compare with, a pytree.
+        dtype: of the computation; softmax and losses are in float32.
         rematerialise: compute each layer again for the gradient instead of storing it.
     """
     model = bind(config, {path: x.astype(dtype) for path, x in params.items()})
-    again = jax.checkpoint if rematerialise else lambda function: function
-    visual, facts = _visual(model, batch, thinning, key, again)
+    maybe_rematerialised = jax.checkpoint if rematerialise else lambda function: function
+    visual, kept = _visual(model, batch, dropping, key, maybe_rematerialised)
 
     embed = model.language_model.embed_tokens
     x = jnp.concatenate([embed(batch.prefix), visual.embeds, embed(batch.ids)], axis=1)
@@ -89,20 +118,17 @@ def score_answers(
     positions = jnp.concatenate([positions_of(shared), before + batch.offset], axis=1)
     parts = jnp.pad(batch.part, ((0, 0), (shared.shape[1], 0)))
     rope = model.language_model.rope(positions)
-    first, pruned_layer = batch.prefix.shape[1], thinning.pruned_layer if thinning else 0
-    slots = slice(first, shared.shape[1])
-    beside, read = jnp.float32(0), []
+    slots = slice(batch.prefix.shape[1], shared.shape[1])
+    forward = Forward(model, params, rope, valid, parts, visual, slots, kept, batch.is_answer)
+    reads: list[list[Any]] = [[] for _ in auxiliary]
     for number, layer in enumerate(model.language_model.layers):
-        if pruned_layer and number >= pruned_layer - 1:
-            read.append(visual_attention(layer, x, rope, valid, parts, slots, slots.stop))
-        x = again(lambda x, layer=layer: layer.prefill(x, rope, valid, parts)[0])(x)
-        if facts is not None and number == DEPTH - 1:
-            states = model.language_model.norm(x[:, first : first + facts.shape[1]])
-            beside += FACTS_WEIGHT * fact_loss(states, params[READERS], facts)
-    if read:
-        early, late = read[0], jnp.stack(read[1:])
-        loss = foresight_loss(early, late, visual.is_visual & visual.valid, batch.is_answer)
-        beside += FORESIGHT_WEIGHT * loss
+        for one, of_one in zip(auxiliary, reads, strict=True):
+            if (read := one.read(number, layer, x, forward)) is not None:
+                of_one.append(read)
+        x = maybe_rematerialised(lambda x, layer=layer: layer.prefill(x, rope, valid, parts)[0])(x)
+    added = jnp.float32(0)
+    for one, of_one in zip(auxiliary, reads, strict=True):
+        added += one.loss(of_one, forward, targets)
     logits = model.logits(model.language_model.norm(x[:, shared.shape[1] :]))
 
     # A slot predicts the next one; an answer never begins its part, so the two are of one part.
@@ -115,15 +141,11 @@ def score_answers(
     return Scores(
         loss=-(likely * wanted).sum(),
         tokens=wanted.sum(dtype=jnp.int32),
-        beside=beside,
+        auxiliary=added,
         right_tokens=(right & wanted).sum(dtype=jnp.int32),
         right=(wrong == 0) & (asked > 0),
         asked=asked > 0,
     )
-
-
-MAX_PARTS = 64
-"""Parts of a row that are told apart in ``Scores``."""
 
 
 def _count_by_part(flags: Bool[Array, "B Q"], part: Int[Array, "B Q"]) -> Int[Array, "B parts"]:
@@ -134,27 +156,23 @@ def _count_by_part(flags: Bool[Array, "B Q"], part: Int[Array, "B Q"]) -> Int[Ar
 def _visual(
     model: Llava,
     batch: Batch,
-    thinning: Thinning | None,
+    dropping: TokenDropping | None,
     key: Array | None,
-    again: Callable[[Callable], Callable],
-) -> tuple[Visual, Int[Array, "B V facts"] | None]:
+    maybe_rematerialised: Callable[[Callable], Callable],
+) -> tuple[Visual, Int[Array, "B M"] | None]:
+    """The visual segment, and which visual tokens are in it (None: all)."""
     rows, frames = batch.frames.shape[:2]
-    features = again(model.encode)(batch.frames.reshape(rows * frames, *batch.frames.shape[2:]))
+    folded = batch.frames.reshape(rows * frames, *batch.frames.shape[2:])
+    features = maybe_rematerialised(model.encode)(folded)
     features = features.reshape(rows, frames, *features.shape[1:])
     kept = None
-    if thinning is not None:
-        # Which tokens stay is a choice, not something to learn by.
-        kept = DyCoke(k=thinning.k).merge(jax.lax.stop_gradient(features))
-        if thinning.at_random and kept is not None:
+    if dropping is not None:
+        # Which tokens stay is a choice and has no gradient.
+        kept = DyCoke(k=dropping.k).merge(jax.lax.stop_gradient(features))
+        if dropping.at_random and kept is not None:
             assert key is not None
             places = jax.random.uniform(key, (rows, frames * features.shape[2]))
             kept = jnp.sort(jax.lax.top_k(places, kept.shape[1])[1], axis=1)
     config = model.config
     newline = model.image_newline[...]
-    visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
-    facts = batch.facts
-    if facts is not None:
-        facts = facts.reshape(rows, -1, facts.shape[-1])
-        if kept is not None:
-            facts = jnp.take_along_axis(facts, kept[:, :, None], axis=1)
-    return visual, facts
+    return place_newlines(features, kept, newline, config.newline, config.frame_grid), kept

@@ -10,9 +10,9 @@ import numpy as np
 from dycoke_jax.errors import RequestError
 from dycoke_jax.inputs.prompts import Conversation, Tokenizer
 from dycoke_jax.inputs.video import FrameSampling, check_clip, read_clip
-from dycoke_jax.training.batches import Batch, Example, token_count
-from dycoke_jax.training.loss import Thinning
-from dycoke_jax.training.sources import BatchShape, ThinningMix
+from dycoke_jax.training.batches import Example, token_count
+from dycoke_jax.training.sources import BatchShape, StepData
+from dycoke_jax.training.token_dropping import TokenDroppingMix
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class RecordSource:
         size: pixels a side that the tower takes.
         sampling: frames to take of each clip.
         shape: of a step.
-        thinning: visual tokens to leave out.
-        seed: of the order.
+        dropping: how often visual tokens are dropped.
+        seed: of the order, and of dropping.
     """
 
     records: tuple[Record, ...]
@@ -86,7 +86,7 @@ class RecordSource:
     size: int
     sampling: FrameSampling
     shape: BatchShape
-    thinning: ThinningMix = field(default_factory=ThinningMix)
+    dropping: TokenDroppingMix = field(default_factory=TokenDroppingMix)
     seed: int = 0
 
     @cached_property
@@ -112,14 +112,14 @@ class RecordSource:
             room[record.video] -= used
         return [row for of_clip in rows.values() for row in of_clip]
 
-    def batch(self, step: int) -> tuple[Batch, Thinning | None]:
-        """See ``Source``.
+    def step(self, number: int) -> StepData:
+        """The data of a step; see ``Source``.
 
         Raises:
             RequestError: if clips of a step differ in their number of frames, as fps allows.
             VideoError: if a clip is damaged.
         """
-        count, first = self.shape.examples, step * self.shape.examples
+        count, first = self.shape.examples, number * self.shape.examples
         chosen = [self._row(place) for place in range(first, first + count)]
         examples = [self._example(row) for row in chosen]
         for row, example in zip(chosen, examples, strict=True):
@@ -129,7 +129,8 @@ class RecordSource:
                     f"{len(examples[0].frames)}; clips of a step need equally many: leave out "
                     "fps, or train on one clip a step"
                 )
-        return self.shape.pack(self.tokenizer, examples), self.thinning.choose(step, self.seed)
+        batch = self.shape.pack(self.tokenizer, examples)
+        return StepData(batch, self.dropping.choose(number, self.seed))
 
     def _row(self, place: int) -> list[Record]:
         epoch, index = divmod(place, len(self.rows))

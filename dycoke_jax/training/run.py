@@ -10,28 +10,24 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
+from orbax.checkpoint import v1 as ocp
 
+from dycoke_jax.checkpoint.save import save_llava_hf
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import CheckpointError, ConfigError
 from dycoke_jax.models.llava import Params, abstract_params
 from dycoke_jax.progress import Progress
+from dycoke_jax.training.scoring import Evaluate
 from dycoke_jax.training.sources import Source
 from dycoke_jax.training.step import Metrics, Optimisation, TrainState, start, train_step
 
-RUN, LOG, STATE = "run.json", "log.jsonl", "state"
-
-Evaluate = Callable[[Params], Mapping[str, Any]]
-"""Scores weights; what it returns is written to the log."""
-
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
-"""Shapes and dtypes of weights by path."""
+RUN, LOG, STATE, MODEL = "run.json", "log.jsonl", "state", "model"
 
 
 @dataclass(frozen=True)
@@ -48,20 +44,39 @@ class Intervals:
                 raise ConfigError(f"{name} every {getattr(self, name)} steps; at least 1 works")
 
 
-def train(
-    folder: Path,
-    config: LlavaConfig,
-    initial: Callable[[], Params],
-    source: Source,
-    settings: Optimisation,
-    *,
-    described: Mapping[str, Any],
-    seed: int = 0,
-    intervals: Intervals = Intervals(),
-    evaluate: Evaluate | None = None,
-    beside: Shapes | None = None,
-    progress: Progress | None = None,
-) -> Params:
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        folder: of the run; made if absent.
+        config: the model.
+        initial: gives the weights to start from; not called on resuming.
+        source: gives the data of each step.
+        optimisation: how weights are changed, and in how many steps.
+        save_tokenizer: writes the tokenizer's files into the folder of the trained model.
+        described: everything that decides the run's course, for ``run.json``; a folder with
+            another description is not resumed.
+        seed: of dropping at random.
+        intervals: how often the run logs, evaluates and saves.
+        evaluate: scores weights in between and at the end; None: no evaluation.
+        extra: shapes and dtypes of what ``initial`` gives besides the model's own weights, by path.
+    """
+
+    folder: Path
+    config: LlavaConfig
+    initial: Callable[[], Params]
+    source: Source
+    optimisation: Optimisation
+    save_tokenizer: Callable[[Path], None]
+    described: Mapping[str, Any]
+    seed: int = 0
+    intervals: Intervals = field(default_factory=Intervals)
+    evaluate: Evaluate | None = None
+    extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
+
+
+def train(run: Run, progress: Progress | None = None) -> Params:
     """Trains, or goes on where a run in the folder was cut off.
 
     A resumed run computes what the uninterrupted one would have: batches and random choices depend
@@ -69,78 +84,84 @@ def train(
     for bit.
 
     Args:
-        folder: of the run; made if absent.
-        config: the model.
-        initial: gives the weights to start from; not called on resuming.
-        source: gives the batches.
-        settings: of the optimisation.
-        described: everything that decides the run's course, for ``run.json``; a folder with
-            another description is not resumed.
-        seed: of random thinning.
-        intervals: see ``Intervals``.
-        evaluate: scores weights in between and at the end.
-        beside: what ``initial`` gives besides the model's own weights.
-        progress: told after each step.
+        run: what to train, on what, and where.
+        progress: called after each step.
 
     Returns:
         The trained weights, float32.
 
     Raises:
-        ConfigError: when the folder holds another run.
-        CheckpointError: when the folder cannot be written or its state cannot be read.
+        ConfigError: if the folder holds another run.
+        CheckpointError: if the folder cannot be written or its state cannot be read.
     """
-    _claim(folder, described)
+    _claim(run.folder, run.described)
     keep = ocp.training.preservation_policies.LatestN(2)
     try:
         with ocp.training.Checkpointer(
-            (folder / STATE).absolute(), preservation_policy=keep
+            (run.folder / STATE).absolute(), preservation_policy=keep
         ) as saved:
-            shapes = {**abstract_params(config), **(beside or {})}
-            state = _resume(saved, settings, shapes, initial)
-            _cut_log(folder / LOG, int(state.step))
-            return _loop(
-                folder, config, state, source, settings, saved, seed, intervals, evaluate, progress
-            )
+            state = _resume(run, saved)
+            _cut_log(run.folder / LOG, int(state.step))
+            return _loop(run, state, saved, progress)
     except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error}") from error
+        raise CheckpointError(f"cannot write to {run.folder}: {error}") from error
+
+
+def train_and_save(run: Run, progress: Progress | None = None) -> Path:
+    """Trains, and writes the trained model in the llava-hf layout into the run's folder.
+
+    Returns:
+        The folder of the trained model. A finished run that is started again is left as it is.
+
+    Raises:
+        DycokeError: as ``train`` does.
+    """
+    params = train(run, progress)
+    trained = run.folder / MODEL
+    if not trained.exists():
+        save_llava_hf(
+            trained,
+            run.config,
+            lambda paths: ((path, jax.device_get(params[path])) for path in paths),
+            run.save_tokenizer,
+        )
+    return trained
 
 
 def _loop(
-    folder: Path,
-    config: LlavaConfig,
-    state: TrainState,
-    source: Source,
-    settings: Optimisation,
-    saved: ocp.training.Checkpointer,
-    seed: int,
-    intervals: Intervals,
-    evaluate: Evaluate | None,
-    progress: Progress | None,
+    run: Run, state: TrainState, saved: ocp.training.Checkpointer, progress: Progress | None
 ) -> Params:
-    began, first = time.perf_counter(), int(state.step)
+    began, first, steps = time.perf_counter(), int(state.step), run.optimisation.steps
     # The next batch is drawn while the device computes.
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        following = pool.submit(source.batch, first)
-        for step in range(first, settings.steps):
-            batch, thinning = following.result()
-            if step + 1 < settings.steps:
-                following = pool.submit(source.batch, step + 1)
+        following = pool.submit(run.source.step, first)
+        for number in range(first, steps):
+            data = following.result()
+            if number + 1 < steps:
+                following = pool.submit(run.source.step, number + 1)
             state, metrics = train_step(
-                config, settings, state, batch, thinning=thinning, seed=seed
+                run.config,
+                run.optimisation,
+                state,
+                data.batch,
+                data.targets,
+                dropping=data.dropping,
+                auxiliary=data.auxiliary,
+                seed=run.seed,
             )
-            done = step + 1
+            done = number + 1
             entry: dict[str, Any] = {}
-            if done % intervals.log == 0 or done == settings.steps:
+            if done % run.intervals.log == 0 or done == steps:
                 entry = _readable(metrics)
-            if evaluate and (done % intervals.evaluate == 0 or done == settings.steps):
-                entry |= {"evaluation": evaluate(state.params)}
+            if run.evaluate and (done % run.intervals.evaluate == 0 or done == steps):
+                entry |= {"evaluation": run.evaluate(state.params)}
             if entry:
                 seconds = round((time.perf_counter() - began) / (done - first), 3)
-                _log(folder / LOG, {"step": done, **entry, "seconds_per_step": seconds})
-            if done % intervals.save == 0 or done == settings.steps:
+                _log(run.folder / LOG, {"step": done, **entry, "seconds_per_step": seconds})
+            if done % run.intervals.save == 0 or done == steps:
                 saved.save(done, state, overwrite=True)
             if progress:
-                progress(f"training: {_line(metrics)}", done, settings.steps)
+                progress(f"training: {_line(metrics)}", done, steps)
     return state.params
 
 
@@ -168,15 +189,11 @@ def _claim(folder: Path, described: Mapping[str, Any]) -> None:
         raise CheckpointError(f"cannot write to {folder}: {error}") from error
 
 
-def _resume(
-    saved: ocp.training.Checkpointer,
-    settings: Optimisation,
-    shapes: Shapes,
-    initial: Callable[[], Params],
-) -> TrainState:
+def _resume(run: Run, saved: ocp.training.Checkpointer) -> TrainState:
     if saved.latest is None:
-        return start(settings, initial())
-    fresh = jax.eval_shape(lambda: start(settings, _zeros(shapes)))
+        return start(run.optimisation, run.initial())
+    shapes = {**abstract_params(run.config), **run.extra}
+    fresh = jax.eval_shape(lambda: start(run.optimisation, _zeros(shapes)))
     place = jax.numpy.zeros(()).sharding
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), fresh)
     try:
@@ -189,7 +206,7 @@ def _resume(
         ) from error
 
 
-def _zeros(shapes: Shapes) -> Params:
+def _zeros(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     return {path: jax.numpy.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
 
 

@@ -6,9 +6,8 @@ is pruned while decoding.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,10 +18,15 @@ from dycoke_jax.models.llava import Params
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.tasks.task import MONITORED, task_clip
 from dycoke_jax.training.batches import Batch, pack
-from dycoke_jax.training.loss import Thinning, score_answers
+from dycoke_jax.training.loss import score_answers
 from dycoke_jax.training.sources import task_example
+from dycoke_jax.training.token_dropping import TokenDropping
 
-_score = partial(jax.jit, static_argnames=("config", "thinning", "dtype"))(score_answers)
+_score = jax.jit(score_answers, static_argnames=("config", "dropping", "dtype"))
+
+
+Evaluate = Callable[[Params], dict[str, Any]]
+"""Scores weights; what it returns is written to the log of a run."""
 
 
 class HeldOut(NamedTuple):
@@ -55,7 +59,7 @@ def accuracy(
     config: LlavaConfig,
     params: Params,
     held_out: HeldOut,
-    thinning: Thinning | None = None,
+    dropping: TokenDropping | None = None,
     dtype: str = "float32",
 ) -> dict[str, float]:
     """Loss per answer token, and the share of right answers by kind and in all.
@@ -64,14 +68,14 @@ def accuracy(
         config: the model.
         params: its weights.
         held_out: the questions.
-        thinning: visual tokens to leave out.
-        dtype: of the computation.
+        dropping: visual tokens to drop.
+        dtype: dtype of the computation.
     """
     right, asked = Counter[str](), Counter[str]()
     loss = tokens = 0.0
     for batch, kinds in zip(held_out.batches, held_out.kinds, strict=True):
         scores = _score(
-            config, params, batch, thinning=thinning, key=jax.random.key(0), dtype=dtype
+            config, params, batch, dropping=dropping, key=jax.random.key(0), dtype=dtype
         )
         loss, tokens = loss + float(scores.loss), tokens + int(scores.tokens)
         was_right, was_asked = np.asarray(scores.right), np.asarray(scores.asked)
@@ -82,3 +86,15 @@ def accuracy(
     by_kind = {kind: round(right[kind] / asked[kind], 4) for kind in sorted(asked)}
     whole = round(right.total() / max(asked.total(), 1), 4)
     return {"loss": round(loss / max(tokens, 1), 4), "accuracy": whole, **by_kind}
+
+
+def both_accuracies(config: LlavaConfig, held_out: HeldOut, dtype: str) -> Evaluate:
+    """A function of the weights that gives ``accuracy`` with all visual tokens and with merging."""
+
+    def evaluate(params: Params) -> dict[str, Any]:
+        return {
+            "full": accuracy(config, params, held_out, dtype=dtype),
+            "merged": accuracy(config, params, held_out, TokenDropping(0.7), dtype),
+        }
+
+    return evaluate

@@ -1,8 +1,7 @@
 """One step of training: a pure function of state and batch."""
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,38 +12,40 @@ from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.models.llava import Params
 from dycoke_jax.training.batches import Batch
-from dycoke_jax.training.loss import Scores, Thinning, score_answers
+from dycoke_jax.training.loss import AuxiliaryLoss, Scores, score_answers
+from dycoke_jax.training.token_dropping import TokenDropping
 
 
-class Course(NamedTuple):
-    """Some steps in which the learning rate rises and falls to zero again."""
+class Cycle(NamedTuple):
+    """A cycle of the learning rate: a linear warm-up and a cosine decay to zero."""
 
     start: int
-    """The first step."""
+    """The first step of the cycle."""
     learning_rate: float
-    """The highest."""
+    """The highest learning rate of the cycle."""
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How weights are changed: AdamW with clipping, warm-up and a cosine to zero.
+    """How weights are changed: AdamW with clipping, warm-up and cosine decay to zero.
 
     Attributes:
-        steps: steps of the whole run.
-        learning_rate: the highest, of the language model.
-        projector: learning rate of projector and newline, relative to the language model's; 0
+        steps: steps of the run, at least 1.
+        learning_rate: highest learning rate of the language model in the first cycle, above 0.
+        language: learning rate of the language model's layers relative to ``learning_rate``; 0
             freezes them.
-        tower: likewise, of the vision tower.
-        language: likewise, of the language model; 0 freezes it.
-        frozen_layers: layers of the language model, from the first, that stay as they are. What is
-            frozen has no moments and costs no gradient.
-        warm_up: steps in which the learning rate rises.
-        courses: further courses of the learning rate, each with such a warm-up and cosine; the one
-            before it then ends where it starts.
-        weight_decay: of matrices; biases, norms and the newline have none.
-        clip: largest norm of the gradient.
-        dtype: of the computation; weights and moments are float32.
-        rematerialise: compute layers again for the gradient instead of storing them.
+        projector: learning rate of projector and newline relative to ``learning_rate``; 0 freezes
+            them.
+        tower: learning rate of the vision tower relative to ``learning_rate``; 0 freezes it.
+        frozen_layers: number of layers of the language model, from the first, that are frozen.
+            Frozen weights have no moments and cost no gradient.
+        warm_up: steps of linear warm-up of each cycle.
+        cycles: further learning-rate cycles, each with such a warm-up and a cosine decay; a cycle
+            ends where the next one starts.
+        weight_decay: AdamW weight decay, on matrices only.
+        clip: largest global norm of the gradient.
+        dtype: dtype of the computation; weights and moments are float32.
+        rematerialise: compute layers again for the gradient instead of storing their results.
     """
 
     steps: int
@@ -54,7 +55,7 @@ class Optimisation:
     tower: float = 1.0
     frozen_layers: int = 0
     warm_up: int = 100
-    courses: tuple[Course, ...] = ()
+    cycles: tuple[Cycle, ...] = ()
     weight_decay: float = 0.01
     clip: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -70,10 +71,10 @@ class Optimisation:
         for name in (*modules, "warm_up", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        starts = [0, *(course.start for course in self.courses), self.steps]
+        starts = [0, *(cycle.start for cycle in self.cycles), self.steps]
         if starts != sorted(set(starts)):
             raise ConfigError(
-                f"courses start at {starts[1:-1]}; give ascending steps within the run"
+                f"cycles start at {starts[1:-1]}; give ascending steps within the run"
             )
         if not (self.language or self.projector or self.tower):
             raise ConfigError("everything is frozen: language, projector and tower are all 0")
@@ -103,15 +104,15 @@ class Metrics(NamedTuple):
 
 def schedule(settings: Optimisation) -> optax.Schedule:
     """Learning rate of the language model by step."""
-    courses = [Course(0, settings.learning_rate), *settings.courses]
-    ends = [*(course.start for course in settings.courses), settings.steps]
+    cycles = [Cycle(0, settings.learning_rate), *settings.cycles]
+    ends = [*(cycle.start for cycle in settings.cycles), settings.steps]
     warm_up = settings.warm_up
     return optax.join_schedules(
         [
             optax.warmup_cosine_decay_schedule(
-                0.0, course.learning_rate, warm_up, max(end - course.start, warm_up + 1)
+                0.0, cycle.learning_rate, warm_up, max(end - cycle.start, warm_up + 1)
             )
-            for course, end in zip(courses, ends, strict=True)
+            for cycle, end in zip(cycles, ends, strict=True)
         ],
         ends[:-1],
     )
@@ -171,45 +172,51 @@ def start(settings: Optimisation, params: Params) -> TrainState:
     return TrainState(jnp.int32(0), params, optimiser(settings).init(_trained(settings, params)))
 
 
-@partial(
-    jax.jit, static_argnames=("config", "settings", "thinning", "seed"), donate_argnames="state"
-)
+@jax.jit(static_argnames=("config", "settings", "dropping", "auxiliary"), donate_argnames="state")
 def train_step(
     config: LlavaConfig,
     settings: Optimisation,
     state: TrainState,
     batch: Batch,
+    targets: Any = None,
     *,
-    thinning: Thinning | None = None,
-    seed: int = 0,
+    dropping: TokenDropping | None = None,
+    auxiliary: tuple[AuxiliaryLoss, ...] = (),
+    seed: Int[Array, ""] | int = 0,
 ) -> tuple[TrainState, Metrics]:
     """Changes the weights once, by the gradient of the mean over all answer tokens of a batch.
 
     Args:
         config: the model (static).
         settings: of the optimisation (static).
-        state: before the step; its buffers are given away.
+        state: before the step; its buffers are donated.
         batch: with one axis before B, over which gradients are accumulated.
-        thinning: visual tokens to leave out (static).
-        seed: of random thinning (static).
+        targets: a pytree for the auxiliary losses, with the batch's two leading axes.
+        dropping: visual tokens to drop (static).
+        auxiliary: losses to be added to that of the answers (static).
+        seed: of dropping at random.
     """
     trained = _trained(settings, state.params)
 
-    def loss(trained: Params, part: Batch, key: Array) -> tuple[Float[Array, ""], Scores]:
+    def loss(
+        trained: Params, part: Batch, targets: Any, key: Array
+    ) -> tuple[Float[Array, ""], Scores]:
         scores = score_answers(
             config,
             {**state.params, **trained},
             part,
-            thinning=thinning,
+            dropping=dropping,
             key=key,
+            auxiliary=auxiliary,
+            targets=targets,
             dtype=settings.dtype,
             rematerialise=settings.rematerialise,
         )
         # The sum over tokens is divided by their number below; so must this be.
-        return scores.loss + scores.beside * scores.tokens, scores
+        return scores.loss + scores.auxiliary * scores.tokens, scores
 
-    def accumulate(total: tuple, part_and_key: tuple[Batch, Array]) -> tuple[tuple, None]:
-        (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *part_and_key)
+    def accumulate(total: tuple, part: tuple[Batch, Any, Array]) -> tuple[tuple, None]:
+        (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *part)
         counts = (
             scores.loss,
             scores.tokens,
@@ -223,7 +230,7 @@ def train_step(
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), steps)
     zero = jax.tree.map(jnp.zeros_like, trained)
     nothing = (zero, (jnp.float32(0), *(jnp.int32(0),) * 4))
-    (gradient, counts), _ = jax.lax.scan(accumulate, nothing, (batch, keys))
+    (gradient, counts), _ = jax.lax.scan(accumulate, nothing, (batch, targets, keys))
     summed, tokens, right_tokens, right, asked = counts
     gradient = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), gradient)
     updates, moments = optimiser(settings).update(gradient, state.optimiser, trained)

@@ -1,0 +1,1 @@
+"""How models that ship with the package were made. Nothing else in the package needs these."""

@@ -1,0 +1,225 @@
+"""The recipe of the tiny model: probe targets, auxiliary losses, and what each stage trains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.tokenizers import tiny_tokenizer
+
+from dycoke_jax import DycokeError
+from dycoke_jax.checkpoint.tokenizer import load_tokenizer
+from dycoke_jax.config import TINY
+from dycoke_jax.models.llava import bind, random_params
+from dycoke_jax.models.qwen2 import positions_of
+from dycoke_jax.recipes.tiny.alignment import align
+from dycoke_jax.recipes.tiny.attention_distillation import (
+    AttentionDistillation,
+    distillation_loss,
+    visual_attention,
+)
+from dycoke_jax.recipes.tiny.fit import fit
+from dycoke_jax.recipes.tiny.probes import (
+    PROBES,
+    ProbeLoss,
+    probe_loss,
+    probe_targets,
+    probes_shape,
+    train_probes,
+)
+from dycoke_jax.recipes.tiny.source import Stage, StagedSource
+from dycoke_jax.recipes.tiny.tokenizer import save_task_tokenizer
+from dycoke_jax.tasks.scenes import Cell, Scene, SceneSettings, Thing
+from dycoke_jax.tasks.task import task_clip
+from dycoke_jax.training.batches import pack
+from dycoke_jax.training.loss import score_answers
+from dycoke_jax.training.sources import BatchShape, task_example
+from dycoke_jax.training.token_dropping import TokenDropping
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """The tokenizer of the tiny model."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_task_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def test_fitting_finds_the_lowest_loss():
+    target = jnp.array([1.0, -2.0, 0.5])
+
+    def loss(params, shift):
+        return ((params["x"] + shift - target) ** 2).sum()
+
+    trained = fit({"x": jnp.zeros(3)}, loss, lambda step: (np.zeros(3, np.float32),), 200, 0.1, "x")
+    np.testing.assert_allclose(trained["x"], target, atol=0.02)
+
+
+def test_probe_targets_follow_a_thing():
+    """By hand: a ring goes right, then down onto a cross; a circle shows up for one frame."""
+    ring = [Cell(0, 0), Cell(0, 0.5), Cell(0, 1), Cell(0.5, 1), Cell(1, 1), Cell(1, 1)]
+    things = (
+        Thing("cross", "blue", 0, (Cell(1, 1),) * 8, ()),
+        Thing("ring", "red", 1, tuple(ring), ("right", "down"), "blue"),
+        Thing("circle", "white", 3, (Cell(3, 3),), ()),
+    )
+    targets = probe_targets(Scene(things, 8, 0)).reshape(8, 4, 4, -1)
+    blue, red, white = 3, 1, 8
+    cross, ring_, circle = 4, 6, 1
+    right, down = 2, 4
+    # row, column, colour, shape, first way, second way, order, met, gone
+    assert targets[0, 1, 1].tolist() == [2, 2, blue, cross, 0, 0, 1, 0, 0]
+    assert targets[0, 0, 0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert targets[1, 0, 0].tolist() == [1, 1, red, ring_, 0, 0, 2, 0, 0]
+    # Half-way between two cells it lies on both.
+    assert targets[2, 0, 0].tolist() == [1, 1, red, ring_, right, 0, 2, 0, 0]
+    assert targets[2, 0, 1].tolist() == [1, 2, red, ring_, right, 0, 2, 0, 0]
+    assert targets[3, 3, 3].tolist() == [4, 4, white, circle, 0, 0, 3, 0, 0]
+    assert targets[4, 3, 3].tolist() == [4, 4, 0, 0, 0, 0, 0, 0, white]
+    assert targets[4, 1, 1].tolist() == [2, 2, red, ring_, right, down, 2, 0, 0]
+    assert targets[5, 1, 1].tolist() == [2, 2, red, ring_, right, down, 2, blue, 0]
+    assert targets[7, 1, 1].tolist() == [2, 2, blue, cross, 0, 0, 1, 0, 0]
+
+
+def test_probes_weigh_as_much_as_they_tell():
+    """By hand: an empty place, a thing at rest, a moved one, and where one was briefly."""
+    targets = np.zeros((1, 4, 9), np.int32)
+    targets[0, :, :2] = 1
+    targets[0, 1, 2:7] = [2, 3, 0, 0, 1]
+    targets[0, 2, 2:7] = [4, 1, 2, 3, 2]
+    targets[0, 3, 8] = 5
+    weights = np.zeros((4, 9))
+    weights[[0, 3], 2] = weights[:3, 8] = 0.2
+    weights[3, 8] = 1
+    weights[1:3, :8] = 1
+    weights[2, 4:6] = 4
+    random = np.random.default_rng(0)
+    states, probes = random.standard_normal((1, 4, 6)), random.standard_normal((6, 9, 9))
+    scores = np.einsum("bvd,dqc->bvqc", states, probes)[0]
+    likely = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(likely, targets[0, :, :, None], axis=2)[..., 0]
+    loss = probe_loss(jnp.asarray(states), jnp.asarray(probes), jnp.asarray(targets))
+    assert float(loss) == pytest.approx(-(chosen * weights).sum() / weights.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dropping", [None, TokenDropping(0.7), TokenDropping(0.7, at_random=True)])
+def test_probes_are_trained_beside_the_answers(tokenizer, dropping):
+    """From the states of the layer that pre-training taught, of the tokens that are there."""
+    shape = probes_shape(TINY)
+    probes = jnp.asarray(np.random.default_rng(0).standard_normal(shape.shape), jnp.float32)
+    params = {**random_params(TINY), PROBES: probes}
+    batch = pack(tokenizer, [task_example("train", 0, SceneSettings(), 64)], 300)
+    targets = jnp.asarray(probe_targets(task_clip("train", 0).scene))[None]
+
+    def score(params, auxiliary):
+        key = jax.random.key(0)
+        return score_answers(
+            TINY, params, batch, dropping=dropping, key=key, auxiliary=auxiliary, targets=targets
+        )
+
+    gradient = jax.jit(jax.grad(lambda params: score(params, (ProbeLoss(),)).auxiliary))(params)
+    for path, slope in gradient.items():
+        upper = path.startswith(("language_model.layers.3.", "language_model.layers.5."))
+        lower = path.startswith(("language_model.layers.0.self_attn.v", PROBES))
+        assert not upper or not slope.any(), path
+        assert not lower or slope.any(), path
+    both = jax.jit(score, static_argnames="auxiliary")
+    with_probes, without = both(params, (ProbeLoss(),)), both(params, ())
+    assert float(with_probes.auxiliary) > 0 == float(without.auxiliary)
+    assert float(with_probes.loss) == pytest.approx(float(without.loss), rel=1e-6)
+
+
+def packed(tokenizer):
+    """A clip of the task with its questions, and weights that do not look at everything alike."""
+    example = task_example("train", 0, SceneSettings(), 64)
+    params = {path: 5 * x if x.ndim == 2 else x for path, x in random_params(TINY).items()}
+    return params, pack(tokenizer, [example, example], 300)
+
+
+def test_attention_of_questions_is_that_of_the_layer(tokenizer):
+    """Row for row the weights that a decoding step would give, in the mean of the heads."""
+    params, _ = packed(tokenizer)
+    layer = bind(TINY, params).language_model.layers[1]
+    random = np.random.default_rng(0)
+    length, visual = 40, slice(5, 22)
+    x = jnp.asarray(random.standard_normal((2, length, TINY.text.hidden_size)), jnp.float32)
+    valid = jnp.asarray(random.random((2, length)) < 0.8).at[:, 0].set(True)
+    parts = jnp.asarray(np.where(np.arange(length) < visual.stop, 0, 1 + np.arange(length) % 2))
+    parts = jnp.broadcast_to(parts, (2, length))
+    rope = bind(TINY, params).language_model.rope(positions_of(valid))
+    got = visual_attention(layer, x, rope, valid, parts, visual)
+    _, cache = layer.prefill(x, rope, valid, parts)
+    for query in range(visual.stop, length):
+        of_query = tuple(turn[:, :, query : query + 1] for turn in rope)
+        own = (parts == 0) | (parts == parts[:, query, None])
+        seen = valid & own & (np.arange(length) <= query)
+        weights = layer.attention_of(x[:, query : query + 1], of_query, cache, seen)
+        wanted = weights[:, :, visual].mean(1)
+        np.testing.assert_allclose(got[:, query - visual.stop], wanted, atol=1e-6)
+
+
+def test_distillation_is_best_where_both_attend_to_the_same():
+    """Whatever the text and newlines get; and what is not counted does not count."""
+    random = np.random.default_rng(0)
+    late = jnp.asarray(random.random((2, 1, 3, 6)) ** 4, jnp.float32)
+    is_visual = jnp.asarray([[True, True, False, True, True, True]])
+    counts = jnp.asarray([[True, False, True]])
+    alike = distillation_loss(late.mean(0) * 0.1, late, is_visual, counts)
+    other = jnp.asarray(random.random((1, 3, 6)), jnp.float32)
+    assert float(distillation_loss(other, late, is_visual, counts)) > float(alike) + 0.1
+    elsewhere = other.at[:, 1].set(0.3).at[:, :, 2].set(0.9)
+    for early in (other, elsewhere):
+        assert float(distillation_loss(early, late, is_visual, counts)) == pytest.approx(
+            float(distillation_loss(other, late, is_visual, counts)), rel=1e-6
+        )
+    slope = jax.grad(distillation_loss, argnums=1)(other, late, is_visual, counts)
+    assert not slope.any(), "the layers that read are not to learn to look where the other looks"
+
+
+def test_distillation_trains_the_layer_that_chooses(tokenizer):
+    """Its gradient goes to the layers up to that one, and a few steps lower it."""
+    params, batch = packed(tokenizer)
+    auxiliary = (AttentionDistillation(3),)
+
+    def loss_of(params):
+        return score_answers(TINY, params, batch, auxiliary=auxiliary).auxiliary
+
+    both = jax.jit(jax.value_and_grad(loss_of))
+    first, gradient = both(params)
+    for path, slope in gradient.items():
+        later = path.startswith(tuple(f"language_model.layers.{n}." for n in (3, 4, 5)))
+        assert not later or not slope.any(), path
+    assert gradient["language_model.layers.2.self_attn.q_proj.weight"].any()
+    for _ in range(10):
+        loss, gradient = both(params)
+        norm = jnp.sqrt(sum((slope**2).sum() for slope in gradient.values()))
+        params = {path: x - 0.05 * gradient[path] / norm for path, x in params.items()}
+    assert float(loss) < float(first) - 0.07
+
+
+def test_stages_may_take_turns():
+    tokenizer = tiny_tokenizer()
+    pictures = Stage(0, SceneSettings(1, 1, 1), BatchShape(3, 1, 200), short=True)
+    clips = Stage(4, SceneSettings(6, 1, 1), BatchShape(1, 2, 600), short=True, other=pictures)
+    source = StagedSource(tokenizer, 98, (clips, Stage(1, clips.scenes, clips.shape)))
+    shapes = [source.step(number).batch.frames.shape[:3] for number in range(5)]
+    assert shapes == [(2, 1, 6), (1, 3, 1), (2, 1, 6), (1, 3, 1), (2, 1, 6)]
+
+
+def test_alignment_names_what_it_cannot_teach():
+    params, tokenizer = {}, tiny_tokenizer()
+    with pytest.raises(DycokeError, match="single token for"):
+        align(TINY, params, tokenizer, steps=1)
+
+
+@pytest.mark.slow
+def test_pre_training_leaves_the_upper_layers_alone(tokenizer):
+    params = random_params(TINY)
+    aligned = align(TINY, params, tokenizer, steps=2)
+    probed = train_probes(TINY, aligned, steps=2)
+    assert params.keys() == aligned.keys() == probed.keys() - {PROBES}
+    assert probed[PROBES].shape == probes_shape(TINY).shape
+    for path, weight in params.items():
+        is_layer = path.startswith("language_model.layers.")
+        number = int(path.split(".")[2]) if is_layer else -1
+        assert (aligned[path] == weight).all() == is_layer, path
+        assert (probed[path] == aligned[path]).all() == (number >= 3), path
