@@ -7,9 +7,9 @@
     print(answers[0].text, answers[0].tokens)
 
 How a clip becomes an answer, and where: ``inputs`` (file to frames, question to ids), ``models``
-(tower, projector, language model), ``compression`` (which visual tokens stay), ``generation``
+(tower, projector, language model), ``compression`` (which visual tokens are kept), ``generation``
 (prefill and decoding, compiled), ``engine`` (requests to batches), ``llava_video`` (all of it
-behind one class), ``checkpoint`` (weights on disk). Axis letters of shape annotations: ``axes``.
+behind one class), ``checkpoint`` (weights on disk). ``axes`` explains the shape annotations.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The axis letters of every shape annotation in this package.
+"""The axis letters of every shape annotation in this package, and the words for slots and tokens.
 
 ====== ==================================================================================
 letter axis
@@ -8,21 +8,30 @@ F      frames of a clip
 C      frames that the vision tower encodes in one call
 P      patches of a frame before pooling (729 = 27 x 27)
 N      visual tokens of a frame after pooling (196 = 14 x 14, or 169 = 13 x 13)
-M      visual tokens of a clip that merging keeps (F * N without merging)
-V      visual slots of a prompt: the M tokens and the newline slots among or after them
-R      visual slots that an attended working set holds after KV pruning
-T      slots of a prompt: prefix, visual, question
+M      visual tokens of a clip that enter the language model (F * N without compression)
+T      slots of a sequence: of a prompt, or of a prompt with what follows it in training
 S      slots of a key/value cache: the prompt and the generated tokens
-W      slots of a working set: the R chosen ones and all that are not visual
-G      slots for generated tokens
+Q      queries of attention: a block of them, or the slots of questions and answers in training
 D      width of a residual stream (vision or language, as the context says)
 H      query heads
-J      key/value heads (H is a multiple of J)
+K      key/value heads (H is a multiple of K)
+G      query heads of a key/value head (G = H / K)
 E      width of a head
-L      vocabulary ("lexicon")
+V      vocabulary
 ====== ==================================================================================
 
-Upper-case letters are axes; ``hw`` are rows and columns of a frame's token grid.
-A *slot* is a place in an array; whether it holds a token is said by a ``valid`` mask, and the
-rotary position of the token is stored or computed apart from the slot.
+Upper-case letters are axes. Other axes are words in lower case, which say what they count:
+``visual`` (the visual slots of a prompt: the M tokens and the newline slots among or after them),
+``chosen``, ``working``, ``generated``, ``prefix``, ``question``, ``height``, ``width`` and so on.
+
+A *slot* is a place in an array. The rotary position of a token is stored or computed apart from its
+slot. Words with one meaning each:
+
+========== ==============================================================================
+kept       visual tokens that compression lets into the language model
+chosen     visual slots that KV pruning selected for the layers that it prunes
+attended   visual tokens that those layers attend to in a decode step, as counted
+valid      slots that hold a token; the others are empty
+visible    slots that a query may attend to: valid ones that nothing hides
+========== ==============================================================================
 """

@@ -1,4 +1,4 @@
-"""Key/value caches of fixed shape: what a layer keeps, and where the parts of a sequence lie."""
+"""Key/value caches of fixed shape, and the segments of a sequence in them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,18 +9,18 @@ from jaxtyping import Array, Float
 class KV(NamedTuple):
     """Keys (after rotation) and values of one layer."""
 
-    keys: Float[Array, "B J S E"]
-    values: Float[Array, "B J S E"]
+    keys: Float[Array, "B K S E"]
+    values: Float[Array, "B K S E"]
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Sizes of the four segments of a key/value cache, one after another.
+    """Sizes in slots of the four segments of a key/value cache, which follow each other.
 
         prefix | visual | question | generated
 
-    Rows of a batch differ in how many prefix and question slots they fill; an empty slot is marked
-    invalid and takes no position. Newlines lie among the visual slots.
+    Rows of a batch differ in how many prefix and question slots they fill; an empty slot is not
+    valid and takes no rotary position. Newlines lie among the visual slots.
     """
 
     prefix: int
@@ -30,10 +30,10 @@ class Slots:
 
     @property
     def prompt(self) -> int:
-        """Slots before the generated ones (T)."""
+        """Number of slots before the generated ones (T)."""
         return self.prefix + self.visual + self.question
 
     @property
     def visual_range(self) -> slice:
-        """The visual slots."""
+        """Which slots are visual."""
         return slice(self.prefix, self.prefix + self.visual)

@@ -1,4 +1,4 @@
-"""Batches: requests whose shapes agree go through vision, prefill and decoding together."""
+"""Runs batches: requests of equal shapes pass vision, prefill and decoding together."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from dycoke_jax.inputs.prompts import Prompt
 from dycoke_jax.models.llava import Params
 from dycoke_jax.progress import Progress
 
-# The smallest bucket of each segment; larger ones double. Few shapes, few compilations.
+# The smallest bucket of each segment; larger buckets double. Few shapes mean few compilations.
 MIN_PREFIX, MIN_QUESTION, MIN_GENERATED, STOP_SLOTS = 16, 32, 32, 8
 
 
@@ -32,11 +32,11 @@ class Decoding:
     """How one answer is generated.
 
     Attributes:
-        max_new_tokens: tokens after which it is cut off.
-        temperature: 0 is greedy.
-        top_k: draw among so many tokens; 0 is all.
-        top_p: draw among the fewest tokens that hold this probability; 1 is all.
-        seed: of the random draws.
+        max_new_tokens: number of tokens after which the answer is cut off, at least 1.
+        temperature: sampling temperature, 0 or more; 0 for greedy decoding.
+        top_k: number of most likely tokens to sample from; 0 for the whole vocabulary.
+        top_p: sample from the fewest tokens that hold this probability, in (0, 1].
+        seed: of sampling, in [0, 2**31).
 
     Raises:
         RequestError: naming the setting and its range.
@@ -63,7 +63,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """One question, ready for the device."""
+    """One question with its frames, ready for the device."""
 
     prompt: Prompt
     frames: UInt8[np.ndarray, "F height width 3"] | None
@@ -71,24 +71,24 @@ class Request:
 
     @property
     def num_frames(self) -> int:
-        """F, or 0 without video."""
+        """Number of frames (F); 0 without video."""
         return 0 if self.frames is None else len(self.frames)
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What a request's arrays really held: counted there, not computed from settings.
+    """Numbers of tokens of a request, counted from its arrays and not computed from settings.
 
     Attributes:
-        prompt: tokens of the whole prompt as the language model read it.
-        visual: visual tokens of the clip before merging (F * N).
+        prompt: tokens of the prompt as the language model read it.
+        visual: visual tokens of the clip before compression (F * N).
         merged: visual tokens that entered the language model.
-        newlines: learned newline tokens among them, not counted in ``merged``.
-        attended: for each decoding step (the token after the first is the first step), visual
-            tokens that the pruned layers attended to; layers below ``DyCoke.layer`` attend to
-            all ``merged``. Without pruning every entry is ``merged``.
-        refreshes: steps at which the attended set was chosen anew.
-        generated: tokens of the answer, a stop token included.
+        newlines: learned newline tokens in the prompt; ``merged`` does not count them.
+        attended: visual tokens that the pruned layers attended to in each decode step; the first
+            step makes the second token. Layers below ``DyCoke.layer`` attend to all ``merged``
+            tokens. Without pruning every entry is ``merged``.
+        refreshes: decode steps that chose the attended tokens anew.
+        generated: tokens of the answer, its stop token included.
     """
 
     prompt: int
@@ -102,20 +102,20 @@ class TokenCounts:
     def __str__(self) -> str:
         if not self.visual:
             return f"{self.prompt} prompt, no video"
-        seen = sorted(set(self.attended))
-        if not seen:
+        counts = sorted(set(self.attended))
+        if not counts:
             steps = "no decoding step"
-        elif len(seen) == 1:
-            steps = f"{seen[0]} attended per step"
+        elif len(counts) == 1:
+            steps = f"{counts[0]} attended per step"
         else:
             mean = sum(self.attended) / len(self.attended)
-            steps = f"{seen[0]}..{seen[-1]} attended per step (mean {mean:.0f})"
+            steps = f"{counts[0]}..{counts[-1]} attended per step (mean {mean:.0f})"
         return f"{self.visual} visual -> {self.merged} after merging -> {steps}"
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall time of a request's batch, compilation included where it was the first of its shape."""
+    """Wall time of the batch of a request in seconds; the first batch of a shape also compiles."""
 
     vision: float = 0.0
     prefill: float = 0.0
@@ -124,11 +124,11 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Generated:
-    """The state of one row: final where ``finish_reason`` is set."""
+    """The answer of one row so far; final if ``finish_reason`` is set."""
 
     token_ids: tuple[int, ...]
     finish_reason: str | None
-    """``stop`` (a stop token, the last of ``token_ids``), ``length``, or None if it goes on."""
+    """``stop`` (the last of ``token_ids`` is a stop token), ``length``, or None if it goes on."""
     tokens: TokenCounts
     seconds: Seconds
 
@@ -144,10 +144,10 @@ def run_batch(
     progress: Progress | None = None,
     observe: Callable[[DecodeState], None] | None = None,
 ) -> Iterator[list[Generated]]:
-    """Answers requests together.
+    """Answers requests in one batch.
 
-    Each row is what the same request alone would be: token for token in float32, up to rounding in
-    half precision, where the shapes of a batch change the order of sums.
+    Each row gets the answer that the same request gets alone: token for token in float32, up to
+    rounding in half precision, where the shapes of a batch change the order of sums.
 
     Args:
         config: the model.
@@ -155,13 +155,17 @@ def run_batch(
         requests: all with the same number of frames (0 for none).
         compression: method and settings, or None for the plain model.
         stop_ids: ids that end an answer, at most 8.
-        stream_every: yield after the first token and then after every so many; None yields once,
-            at the end.
-        progress: called while frames are encoded and tokens generated.
-        observe: shown the state on the device before each yield; it is gone after the next one.
+        stream_every: number of tokens between two yields, of which the first comes after the first
+            token; None yields once, at the end.
+        progress: called while frames are encoded and tokens are generated.
+        observe: called with the state on the device before each yield. The state is donated to the
+            next step.
+
+    Yields:
+        The answer of each request so far, in the order of the requests.
 
     Raises:
-        RequestError: if a request does not fit the model's positions.
+        RequestError: if a request does not fit into the model's positions.
         ConfigError: if the compression cannot work on this model or clip length.
     """
     frames = requests[0].num_frames
@@ -183,7 +187,7 @@ def run_batch(
         features.block_until_ready()
     encoded = time.perf_counter()
     if progress:
-        progress("reading the prompt", 0, 1)
+        progress("prefill", 0, 1)
     state = prefill(
         config,
         params,
@@ -198,7 +202,7 @@ def run_batch(
     step, done = _ask(state)
     seconds = Seconds(encoded - started, time.perf_counter() - encoded)
     if progress:
-        progress("reading the prompt", 1, 1)
+        progress("prefill", 1, 1)
 
     longest = max(r.decoding.max_new_tokens for r in requests)
     visual = 0 if features is None else features.shape[1] * features.shape[2]
@@ -220,7 +224,7 @@ def run_batch(
             slots=layout.slots,
         )
         step, done = _ask(state)
-        # Only the device's work: a slow reader of the stream is no slow model.
+        # Only the time of the device counts, not that of a slow reader of the stream.
         seconds = replace(seconds, decode=seconds.decode + time.perf_counter() - began)
         if progress:
             progress("generating", step, longest)
@@ -230,13 +234,13 @@ def run_batch(
 
 
 def _ask(state: DecodeState) -> tuple[int, bool]:
-    """How many tokens there are, and whether that is all; waits for the device."""
+    """Number of tokens so far, and whether all rows are done; waits for the device."""
     step, done = jax.device_get((state.step, state.done))
     return int(step), bool(done.all())
 
 
 def bucket(size: int, least: int) -> int:
-    """The smallest of least, 2 * least, 4 * least, ... that holds ``size``."""
+    """The smallest of least, 2 * least, 4 * least, ... that is at least ``size``."""
     while least < size:
         least *= 2
     return least
@@ -281,7 +285,7 @@ def _pad(
     for row, values in enumerate(ids):
         table[row, : len(values)] = values
         length[row] = len(values)
-    # An empty place reads one token, so that it has a last one to score.
+    # An empty row reads one token, so that it has a last token.
     length[len(ids) :] = min(width, 1)
     return table, length
 
@@ -311,7 +315,7 @@ def _limits(requests: Sequence[Request], rows: int, stop_ids: Sequence[int]) -> 
 def _results(
     requests: Sequence[Request], state: DecodeState, visual: int, seconds: Seconds
 ) -> list[Generated]:
-    # One transfer for everything that the host wants to know.
+    # One transfer from the device for all of it.
     (ids, length, done, stopped), (count, merged, newlines, attended, refreshed) = jax.device_get(
         (
             (state.tokens, state.length, state.done, state.stopped),
@@ -321,16 +325,16 @@ def _results(
     results = []
     for row in range(len(requests)):
         steps = slice(1, int(count[row]))
-        seen = attended[row, steps]
+        of_steps = attended[row, steps]
         if state.pruned is None:
-            seen = np.full_like(seen, merged[row])
+            of_steps = np.full_like(of_steps, merged[row])
         reason = "stop" if stopped[row] else "length"
         counts = TokenCounts(
             prompt=int(length[row]),
             visual=visual,
             merged=int(merged[row]),
             newlines=int(newlines[row]),
-            attended=tuple(seen.tolist()),
+            attended=tuple(of_steps.tolist()),
             refreshes=int(refreshed[row, steps].sum()),
             generated=int(count[row]),
         )

@@ -1,4 +1,4 @@
-"""The library's front door: a model with its tokenizer, from clips and questions to answers."""
+"""The main interface of the library: a model with its tokenizer answers questions about clips."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,32 +36,32 @@ from dycoke_jax.models.llava import Params
 from dycoke_jax.progress import Progress
 
 Video = str | PathLike[str] | np.ndarray
-"""A file, or uint8 frames [F, height, width, 3] that are taken as they are, all of them."""
+"""A file, or uint8 RGB frames [F, height, width, 3], all of which are used."""
 
 Ints = int | Sequence[int] | np.ndarray
-"""One value for all requests, or one a request."""
+"""One value for all requests, or one for each request."""
 Floats = float | Sequence[float] | np.ndarray
 
 STREAM_EVERY = 4
-"""Tokens between two looks at a streaming batch: each look costs a transfer from the device."""
+"""Tokens between two pieces of a stream; each piece costs a transfer from the device."""
 
 CLIP_THREADS = 4
-"""Clips that are decoded at a time; FFmpeg uses threads of its own for each."""
+"""Clips that are decoded at the same time; FFmpeg uses threads of its own for each."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one request.
+    """The answer to one request.
 
     Attributes:
-        text: the answer, without control tokens.
-        token_ids: its ids as generated, a stop token included.
-        finish_reason: ``stop`` (a stop token) or ``length`` (max_new_tokens).
-        tokens: counts of what the arrays really held.
-        seconds: wall time of the stages of the batch in which it ran.
-        notes: what there is to know of the clip, such as damage that was accepted.
+        text: the text without control tokens.
+        token_ids: the generated ids, a stop token included.
+        finish_reason: ``stop`` (the last id is a stop token) or ``length`` (max_new_tokens).
+        tokens: numbers of tokens, counted from the arrays.
+        seconds: wall time in seconds of the stages of the batch.
+        notes: remarks on the clip, such as damage that was accepted.
     """
 
     text: str
@@ -77,9 +77,9 @@ class Piece:
     """A part of an answer that is being generated.
 
     Attributes:
-        index: which request it belongs to.
-        text: what came since the last piece; all pieces of a request make up its answer's text.
-        answer: the whole answer, with the last piece of a request; None before.
+        index: number of the request, from 0.
+        text: the text since the last piece. The pieces of a request joined are its answer's text.
+        answer: the whole answer with the last piece of a request; None with the others.
     """
 
     index: int
@@ -92,9 +92,9 @@ class LlavaVideo:
 
     Attributes:
         config: sizes and layout.
-        params: weights, dotted path to array.
-        tokenizer: of the checkpoint.
-        stop_ids: ids that end an answer.
+        params: weights by dotted path.
+        tokenizer: tokenizer of the checkpoint.
+        stop_ids: token ids that end an answer.
     """
 
     def __init__(
@@ -124,9 +124,9 @@ class LlavaVideo:
         Args:
             name_or_path: a folder in the lmms-lab or the llava-hf layout, a folder that
                 ``dycoke-jax convert`` made, or a hub id ``org/name``, which is downloaded.
-            dtype: what to store and compute in (float32, bfloat16, float16); None: as stored.
-            pool_mode: how frames are pooled, where it is not what the configuration says. The
-                published evaluation of LLaVA-Video overrides it with ``average``.
+            dtype: dtype of weights and computation (float32, bfloat16, float16); None: as stored.
+            pool_mode: pooling of frames in place of the configuration's. The published evaluation
+                of LLaVA-Video replaces it by ``average``.
             progress: called with the bytes of weights loaded after each tensor.
 
         Raises:
@@ -192,29 +192,29 @@ class LlavaVideo:
 
         Every request gets the answer that it would get alone, whatever it is batched with: token
         for token in float32, up to rounding in half precision. A setting given as a sequence has
-        one value a request.
+        one value for each request.
 
         Programs are compiled when they are first needed: for each number of frames, and for sizes
-        of batch, prompt and answer that double from step to step. Everything else is data.
+        of batch, prompt and answer that double from bucket to bucket. All else is data.
 
         Args:
-            videos: one clip (or None) a request; None for requests without any.
-            prompts: one question or conversation a request.
-            compression: ``DyCoke`` with its settings; None is the plain model.
-            max_new_tokens: tokens after which an answer is cut off.
-            temperature: 0 is greedy.
-            top_k: draw among so many tokens; 0 is all.
-            top_p: draw among the fewest tokens that hold this probability; 1 is all.
-            seed: of the random draws.
-            frames: how many of a file's frames to look at (see ``inputs.video.FrameSampling``).
-            fps: frames a second to look at instead, ``frames`` at most.
+            videos: a clip or None for each request; None if no request has a clip.
+            prompts: a question or conversation for each request.
+            compression: ``DyCoke`` with its settings, or another method; None: the plain model.
+            max_new_tokens: number of tokens after which an answer is cut off.
+            temperature: sampling temperature; 0 for greedy decoding.
+            top_k: number of most likely tokens to sample from; 0 for the whole vocabulary.
+            top_p: sample from the fewest tokens that hold this probability, in (0, 1].
+            seed: of sampling.
+            frames: number of frames of a file to use (see ``inputs.video.FrameSampling``).
+            fps: frames a second to use instead, at most ``frames`` of them.
             system: text of the system turn; None for no such turn.
-            time_text: tell the model when the frames were taken, as LLaVA-Video does.
+            time_text: tell the model the times of the frames, as LLaVA-Video does.
             allow_damaged: use what can be decoded of damaged files.
-            batch_size: requests that run together at most. The clips of the next batch are decoded
-                while one runs.
-            stream: return an iterator of ``Piece`` that yields text as it comes.
-            progress: called with what is being done, how much of it is done, and of how much.
+            batch_size: largest number of requests that run together. The clips of the next batch
+                are decoded while one runs.
+            stream: return an iterator of ``Piece`` that yields text as it is generated.
+            progress: called while the work goes on.
 
         Returns:
             The answers in the order of the requests, or the iterator.
@@ -242,7 +242,7 @@ class LlavaVideo:
             raise RequestError("time_text needs files: an array does not say when it was filmed")
         sampling = FrameSampling(frames=frames, fps=fps)
 
-        # The frames of a single clip are worth showing; of many, the clips are.
+        # Progress counts the frames of a single clip, and the clips of many.
         decoding = progress if count == 1 else None
 
         def prepare(index: int) -> "_Prepared":
@@ -276,9 +276,12 @@ class LlavaVideo:
         allow_damaged: bool = False,
         progress: Progress | None = None,
     ) -> tuple[Request, tuple[str, ...]]:
-        """One question as the engine takes it, and what there is to know of the clip.
+        """Prepares one question for the engine: reads its clip and encodes its prompt.
 
-        The arguments are those of ``generate``; ``progress`` counts decoded frames.
+        The arguments are those of ``generate``.
+
+        Returns:
+            The request, and remarks on the clip.
         """
         clip, size = None, self.config.vision.image_size
         if isinstance(video, np.ndarray):
@@ -320,12 +323,12 @@ class LlavaVideo:
                     ready += 1
                     if progress:
                         progress("reading clips", ready, count)
-                # Decoded while this window runs on the device; no further, to bound memory.
+                # Decoded while this window runs on the device. No more than that, to bound memory.
                 ahead = [pool.submit(prepare, index) for index in following]
                 for group in _by_frames(window):
                     yield from self._run_group(group, compression, stream, progress)
         finally:
-            # After an error, or when a stream's reader leaves: clips not begun are not wanted.
+            # After an error, or if the reader of a stream stops, other clips are not needed.
             pool.shutdown(cancel_futures=True)
 
     def _run_group(
@@ -374,7 +377,7 @@ class _Prepared:
 
 
 class _Text:
-    """The text of a growing list of ids, given out only in whole characters."""
+    """The text of a growing list of ids, in whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._backend = tokenizer.backend_tokenizer
@@ -383,11 +386,11 @@ class _Text:
         self.whole = ""
 
     def extend(self, generated: Generated) -> str:
-        """The text that the ids since the last call add."""
+        """The text that the ids since the last call have added."""
         ids = generated.token_ids
         before = self.whole
         if generated.finish_reason is not None:
-            # Bytes of a character that never became whole show as replacement characters.
+            # The bytes of an incomplete character become replacement characters.
             self.whole = self._backend.decode(list(ids), skip_special_tokens=True)
         else:
             for token in ids[self._read :]:
@@ -397,7 +400,7 @@ class _Text:
 
 
 def _by_frames(window: Sequence[_Prepared]) -> list[list[_Prepared]]:
-    """Requests of equal frame counts, in the order of their first."""
+    """Groups of requests with equal numbers of frames, in the order of their first request."""
     groups: dict[int, list[_Prepared]] = {}
     for prepared in window:
         groups.setdefault(prepared.request.num_frames, []).append(prepared)

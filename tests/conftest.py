@@ -34,6 +34,17 @@ MANY_MAPS = 30_000
 65,000, and a program holds about 150."""
 
 
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # the order below instead of xdist's
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process is left with them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Folder of what the authors' code computes."""

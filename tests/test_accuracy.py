@@ -21,13 +21,13 @@ from dycoke_jax.tasks.task import task_clip
 @pytest.mark.parametrize("k", [0.0, 0.3, 0.7, 0.9])
 def test_baselines_keep_what_merging_keeps(frames, k):
     features = jnp.asarray(np.random.default_rng(0).normal(size=(2, frames, 16, 8)))
-    merged = DyCoke(k=k).merge(features)
+    merged = DyCoke(k=k).select(features)
     count = frames * 16 if merged is None else merged.shape[1]
     assert kept_by_merging(frames, 16, k) == count
-    kept = np.asarray(RandomTokens(k).merge(features))
+    kept = np.asarray(RandomTokens(k).select(features))
     assert kept.shape == (2, count)
     assert (np.diff(kept) > 0).all()
-    whole = np.asarray(WholeFrames(k).merge(features))[0]
+    whole = np.asarray(WholeFrames(k).select(features))[0]
     assert whole.size == count // 16 * 16
     assert (whole.reshape(-1, 16) % 16 == np.arange(16)).all()
     assert (np.diff(whole) > 0).all()
@@ -35,7 +35,7 @@ def test_baselines_keep_what_merging_keeps(frames, k):
 
 def test_random_places_depend_on_the_seed_alone():
     features = jnp.zeros((1, 16, 16, 8))
-    first, again, other = (RandomTokens(seed=seed).merge(features) for seed in (0, 0, 1))
+    first, again, other = (RandomTokens(seed=seed).select(features) for seed in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).any()
 

@@ -153,7 +153,7 @@ def test_plain_model_traces_no_compression(monkeypatch):
     def never(*_, **__):
         raise AssertionError("compression was traced")
 
-    for module, name in ((ttm, "merge"), (dycoke, "merge"), (kv_pruning, "_similarity")):
+    for module, name in ((ttm, "select"), (dycoke, "select"), (kv_pruning, "_similarity")):
         monkeypatch.setattr(module, name, never)
     for name in ("start", "update"):
         monkeypatch.setattr(kv_pruning.WorkingSet, name, never)

@@ -100,7 +100,7 @@ def test_official_equals_the_authors_code(golden, case):
         np.testing.assert_allclose(logits[0], data["step_logits"][index + 1], atol=1e-3)
         np.testing.assert_allclose(state.pruned.similarity, data["similarity"][index], atol=1e-4)
         assert bool(state.pruned.refreshed[0]) == bool(data["refreshed"][index])
-        np.testing.assert_array_equal(np.flatnonzero(state.pruned.valid[0]), kept[index])
+        np.testing.assert_array_equal(np.flatnonzero(state.pruned.visible[0]), kept[index])
 
 
 def random_model(seed, layers=4, scale=8.0):
@@ -199,9 +199,10 @@ def test_dropping_lets_the_last_token_of_the_prompt_choose_once(seed, visual, le
         )
         np.testing.assert_allclose(logits[:, row], wanted[1:], atol=2e-3)
         for index, state in enumerate(states):
-            seen = {prefix + int(place) for place in np.flatnonzero(state.pruned.seen()[row])}
-            assert seen == kept[index]
-            assert int(state.pruned.attended[row]) == len(seen) == kept_of(visual, p)
+            places = np.flatnonzero(state.pruned.chosen_slots()[row])
+            chosen = {prefix + int(place) for place in places}
+            assert chosen == kept[index]
+            assert int(state.pruned.attended[row]) == len(chosen) == kept_of(visual, p)
 
 
 def test_dropping_holds_no_second_copy_of_the_visual_cache():
@@ -252,11 +253,11 @@ class ReplayedMask:
         state = self.inner.update(state, scores, step, active)
         rows = jnp.arange(state.is_visual.shape[0])[:, None]
         chosen = jnp.asarray(self.chosen)[step]
-        shown = jnp.zeros(state.is_visual.shape, bool).at[rows, chosen].set(True)
+        of_chosen = jnp.zeros(state.is_visual.shape, bool).at[rows, chosen].set(True)
         visual = self.slots.visual_range
-        present = state.present
-        valid = present.at[:, visual].set(present[:, visual] & shown)
-        return replace(state, valid=valid)
+        valid = state.valid
+        visible = valid.at[:, visual].set(valid[:, visual] & of_chosen)
+        return replace(state, visible=visible)
 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
@@ -299,4 +300,4 @@ def test_newlines_stay_and_do_not_compete():
     pruned = states[0].pruned
     assert set(np.flatnonzero(newline)) <= set(pruned.chosen[0].tolist())
     assert int(pruned.attended[0]) == 4
-    assert int(pruned.valid[0, : 4 + 3].sum()) == 4 + 2
+    assert int(pruned.visible[0, : 4 + 3].sum()) == 4 + 2

@@ -211,7 +211,10 @@ def test_true_size_half_billion(tmp_path):
         "intermediate_size": 4304,
         "image_size": 384,
     }
-    hf = tiny_llava_hf(tmp_path / "hf", tied=True, text=sizes, vision=tower, shards="2GB")
+    # Stored in half precision, as the released files are, and computed in float32 by both.
+    hf = tiny_llava_hf(
+        tmp_path / "hf", tied=True, dtype="bfloat16", text=sizes, vision=tower, shards="1GB"
+    )
     ours = to_lmms_lab(hf, tmp_path / "lmms", mm_vision_tower="google/siglip-so400m-patch14-384")
     settings = json.loads((ours / "config.json").read_text())
     del settings["vision_config"]
@@ -219,13 +222,15 @@ def test_true_size_half_billion(tmp_path):
     tiny_tokenizer().save_pretrained(ours)
     frames = np.random.default_rng(1).integers(0, 256, (2, 384, 384, 3), dtype=np.uint8)
 
-    model = LlavaVideo.from_pretrained(ours)
+    model = LlavaVideo.from_pretrained(ours, dtype="float32")
     model.stop_ids = ()
     answer = model.generate([frames], ["What is it?"], compression=None, max_new_tokens=8)[0]
     prompt = prompt_of(model, True, "What is it?")
     del model
 
-    reference = LlavaOnevisionForConditionalGeneration.from_pretrained(hf).eval()
+    reference = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        hf, dtype=torch.float32
+    ).eval()
     ids = hf_ids(prompt, 2 * 196 + 1)
     with torch.no_grad():
         wanted = reference.generate(

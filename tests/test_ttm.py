@@ -23,7 +23,7 @@ def clip(seed, frames, tokens=9, width=16, batch=None):
 
 def merged(features, **settings):
     """Compiled, as in use: a compiler may sum in another order than single operations do."""
-    return np.asarray(jax.jit(DyCoke(**settings).merge)(jnp.asarray(features)))
+    return np.asarray(jax.jit(DyCoke(**settings).select)(jnp.asarray(features)))
 
 
 @pytest.mark.parametrize("case", ONE_CLIP_CASES)
@@ -76,7 +76,7 @@ def test_similarity_map_is_what_merging_decides_by():
 )  # fmt: skip
 def test_official_counts_are_the_published_ones(frames, k, kept):
     features = jax.ShapeDtypeStruct((1, frames, 196, 4), jnp.float32)
-    assert jax.eval_shape(DyCoke(k=k, mode="official").merge, features).shape == (1, kept)
+    assert jax.eval_shape(DyCoke(k=k, mode="official").select, features).shape == (1, kept)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,6 @@ def test_program_does_not_grow_with_frames():
     """No Python loop over frames: the number of operations is the same for any clip."""
 
     def operations(frames):
-        return len(jax.make_jaxpr(DyCoke().merge)(jnp.zeros((2, frames, 9, 4))).eqns)
+        return len(jax.make_jaxpr(DyCoke().select)(jnp.zeros((2, frames, 9, 4))).eqns)
 
     assert operations(8) == operations(64)

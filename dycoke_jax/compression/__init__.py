@@ -1,1 +1,1 @@
-"""Visual token compression: one file a method, and the protocol that they share."""
+"""Visual token compression: one file a method, baselines included, and their common protocol."""

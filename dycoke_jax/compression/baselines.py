@@ -1,7 +1,7 @@
-"""Ways to drop visual tokens that know nothing of redundancy: what a compressor has to beat.
+"""Baselines that drop visual tokens without looking at them.
 
-Random dropping keeps exactly as many tokens as temporal token merging with the same ``k`` keeps;
-dropping whole frames keeps as many frames as that number holds.
+Random dropping keeps exactly as many tokens as temporal token merging with the same ``k``. Dropping
+whole frames keeps as many frames as fit into that number of tokens.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,25 @@ from dycoke_jax.errors import ConfigError
 
 
 def kept_by_merging(frames: int, tokens: int, k: float) -> int:
-    """Tokens that DyCoke's first stage keeps of a clip (mode ``paper``)."""
+    """Number of tokens that temporal token merging (mode ``paper``) keeps of a clip.
+
+    Args:
+        frames: frames of the clip (F).
+        tokens: visual tokens of a frame (N).
+        k: as ``DyCoke.k``.
+    """
     shape = jax.ShapeDtypeStruct((1, frames, tokens, 1), jnp.float32)
-    kept = jax.eval_shape(DyCoke(k=k).merge, shape)
+    kept = jax.eval_shape(DyCoke(k=k).select, shape)
     return frames * tokens if kept is None else kept.shape[1]
 
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """Drops tokens at random places, the same ones in every clip of a length.
+    """Drops tokens at random places, which are the same in every clip of the same length.
 
     Attributes:
-        k: of the merging whose count is kept, in [0, 1).
-        seed: of the places.
+        k: keeps as many tokens as ``DyCoke(k=k)`` does, in [0, 1).
+        seed: seed of the random places.
     """
 
     k: float = 0.7
@@ -40,10 +46,10 @@ class RandomTokens:
         _check_k(self.k)
 
     def check(self, config: LlavaConfig, frames: int) -> None:
-        """Works on every model and clip."""
+        """Accepts every model and clip length."""
 
-    def merge(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"]:
-        """Kept tokens in raster order."""
+    def select(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"]:
+        """Indices of the kept tokens in raster order."""
         batch, frames, tokens, _ = features.shape
         count = kept_by_merging(frames, tokens, self.k)
         random = np.random.default_rng([self.seed, frames, tokens])
@@ -51,15 +57,15 @@ class RandomTokens:
         return jnp.broadcast_to(jnp.asarray(kept), (batch, count))
 
     def decode_pruning(self, slots: Slots, tokens: int) -> None:
-        """No second stage."""
+        """Prunes nothing while decoding."""
 
 
 @dataclass(frozen=True)
 class WholeFrames:
-    """Drops whole frames, evenly over the clip.
+    """Drops whole frames, so that the kept ones lie evenly over the clip.
 
     Attributes:
-        k: of the merging whose count is not exceeded, in [0, 1).
+        k: keeps at most as many tokens as ``DyCoke(k=k)`` does, but a frame at least, in [0, 1).
     """
 
     k: float = 0.7
@@ -68,10 +74,10 @@ class WholeFrames:
         _check_k(self.k)
 
     def check(self, config: LlavaConfig, frames: int) -> None:
-        """Works on every model and clip."""
+        """Accepts every model and clip length."""
 
-    def merge(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"]:
-        """All tokens of the frames that stay, the first and the last among them."""
+    def select(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"]:
+        """Indices of all tokens of the kept frames, among them the first and the last frame."""
         batch, frames, tokens, _ = features.shape
         count = max(1, kept_by_merging(frames, tokens, self.k) // tokens)
         chosen = np.linspace(0, frames - 1, count).round().astype(np.int32)
@@ -79,7 +85,7 @@ class WholeFrames:
         return jnp.broadcast_to(jnp.asarray(kept), (batch, kept.size))
 
     def decode_pruning(self, slots: Slots, tokens: int) -> None:
-        """No second stage."""
+        """Prunes nothing while decoding."""
 
 
 def _check_k(k: float) -> None:

@@ -1,4 +1,4 @@
-"""DyCoke (Tao et al., CVPR 2025): its settings, and what they mean for shapes."""
+"""The settings of DyCoke (Tao et al., CVPR 2025), and what they mean for shapes."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from dycoke_jax.cache import Slots
 from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet
 from dycoke_jax.compression.protocol import DecodePruning
-from dycoke_jax.compression.ttm import merge
+from dycoke_jax.compression.ttm import select
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
 
@@ -21,29 +21,29 @@ Parked = Literal["device", "drop"]
 class DyCoke:
     """Temporal token merging before the language model, dynamic KV pruning while it decodes.
 
-    Two modes. ``paper`` follows the paper's text (sec. 3.2): every window of four frames is
-    treated alike, any number of frames works, kept tokens stay in raster order, and while the
-    attention of successive steps stays similar the kept set is used again. ``official`` reproduces
-    the published code (github.com/KD-TAO/DyCoke at dd74634) token for token: kept tokens in order
-    of ascending similarity, the last window's third frame whole, the last of an odd number of
-    frames lost, the last visual token never pruned, and the full cache on steps whose attention
-    is similar to the step before.
+    There are two modes. ``paper`` follows the text of the paper (sec. 3.2): every window of four
+    frames is treated alike, any number of frames works, kept tokens stay in raster order, and while
+    the attention of successive steps stays similar the chosen set is used again. ``official``
+    reproduces the published code (github.com/KD-TAO/DyCoke at dd74634) token for token: kept tokens
+    in order of ascending similarity, the last window's third frame kept whole, the last of an odd
+    number of frames dropped, the last visual token never pruned, and the full cache on steps whose
+    attention is similar to that of the step before.
 
     Attributes:
         k: share of a compared frame's tokens that merging drops, in [0, 1). 0 merges nothing.
-        layer: first layer (from 0) that attends to the pruned cache, in 1..layers-1; the layer
-            before it gives the scores.
-        p: share of the merged visual tokens that layers from ``layer`` on do not attend to while
+        layer: first layer, counted from 0, that attends to the pruned cache, in 1..layers-1. The
+            layer before it gives the scores.
+        p: share of the kept visual tokens that layers from ``layer`` on do not attend to while
             decoding, in [0, 1). 0 prunes nothing.
-        threshold: cosine similarity of the attention of successive steps below which the kept set
-            is chosen anew, in (0, 1]. The paper gives no number; 0.9 is the published code's.
+        threshold: cosine similarity of the attention of successive steps below which the set is
+            chosen anew, in (0, 1]. The paper gives no number; 0.9 is that of the published code.
         mode: ``paper`` or ``official``.
-        parked: where keys and values wait that are not attended to. ``device``: beside the others,
-            so that they can return. ``drop``: nowhere; the prompt's last token chooses once, and
-            their memory is free while decoding (mode ``paper`` only; not part of the paper).
+        parked: where keys and values that are not chosen are kept. ``device``: in device memory, so
+            that they can be chosen later. ``drop``: nowhere; the prompt's last token chooses once,
+            and their memory is free while decoding (mode ``paper`` only; not part of the paper).
 
-    Newlines are never compared, dropped or pruned; one goes only when its whole row has gone (see
-    ``generation.assemble.place_newlines`` for why).
+    Newlines are never compared, dropped or pruned. A newline is left out only if its whole row is
+    (see ``generation.assemble.place_newlines``).
 
     Raises:
         ConfigError: naming the setting and its range.
@@ -74,10 +74,14 @@ class DyCoke:
             )
 
     def check(self, config: LlavaConfig, frames: int) -> None:
-        """Refuses what cannot work on this model or clip.
+        """Refuses settings that cannot work on a model or clip length.
+
+        Args:
+            config: the model.
+            frames: number of frames of a clip, at least 1.
 
         Raises:
-            ConfigError: with the allowed range, or why the published code has no answer.
+            ConfigError: with the allowed range, or the reason why the published code fails.
         """
         if self.layer >= config.text.num_layers:
             raise ConfigError(
@@ -96,15 +100,15 @@ class DyCoke:
                 "fails on shorter clips; use mode paper"
             )
 
-    def merge(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"] | None:
-        """Stage 1, see ``ttm.merge``; None where no token is dropped or moved."""
+    def select(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"] | None:
+        """Stage 1, see ``ttm.select``. None where every token is kept in its place."""
         if self.mode == "paper" and self.k == 0:
             return None
         kept = self._kept(features.shape[2], self.k)
-        return merge(features, kept, official=self.mode == "official")
+        return select(features, kept, official=self.mode == "official")
 
     def decode_pruning(self, slots: Slots, tokens: int) -> DecodePruning | None:
-        """Stage 2, see ``kv_pruning``; None where nothing is pruned."""
+        """Stage 2, see ``kv_pruning``. None where nothing is pruned."""
         if self.p == 0 or tokens == 0:
             return None
         if self.mode == "official":

@@ -1,8 +1,8 @@
 """What a compressor offers to the rest of the library.
 
-Stage 1 chooses which visual tokens of a clip enter the language model; stage 2 chooses, at each
-decoding step, which of their keys and values the later layers attend to. Both keep a number of
-tokens that is known before anything runs, so that shapes are static.
+Stage 1 selects the visual tokens of a clip that enter the language model. Stage 2 chooses, at each
+decode step, the visual slots that the later layers attend to. The number of tokens that each lets
+through is known before anything runs, so that shapes are static.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -15,93 +15,116 @@ from dycoke_jax.config import LlavaConfig
 
 @runtime_checkable
 class Compressor(Protocol):
-    """A method with its settings; hashable, because compiled programs are made for it."""
+    """A method with its settings. Hashable, because programs are compiled for it."""
 
     def __hash__(self) -> int: ...
 
     def check(self, config: LlavaConfig, frames: int) -> None:
-        """Raises ConfigError where these settings cannot work on this model or clip length."""
+        """Refuses settings that cannot work on a model or clip length.
 
-    def merge(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"] | None:
-        """Stage 1: kept tokens as indices into the F * N of a clip, in their new order.
+        Args:
+            config: the model.
+            frames: number of frames of a clip, at least 1.
 
-        None where the settings keep every token in place.
+        Raises:
+            ConfigError: naming the setting and its allowed range.
+        """
+
+    def select(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"] | None:
+        """Stage 1: selects the visual tokens that enter the language model.
+
+        Args:
+            features: visual tokens of each clip after pooling.
+
+        Returns:
+            Indices into the F * N tokens of each clip, in the order in which the language model
+            reads them. None where the settings keep every token in its place.
         """
 
     def decode_pruning(self, slots: Slots, tokens: int) -> "DecodePruning | None":
-        """Stage 2 for a prompt whose visual slots hold ``tokens`` visual tokens, if it prunes."""
+        """Stage 2 for one layout of a batch.
+
+        Args:
+            slots: sizes of the segments of the cache.
+            tokens: kept visual tokens of a prompt (M).
+
+        Returns:
+            The pruning, or None where the settings prune nothing.
+        """
 
 
 @runtime_checkable
 class PrunedCache(Protocol):
-    """What the layers from ``DecodePruning.layer`` on attend to: a dataclass that is a pytree."""
+    """What the layers from ``DecodePruning.layer`` on attend to. A dataclass that is a pytree."""
 
     @property
     def caches(self) -> list[KV]:
-        """Keys and values of those layers; the slots for generated tokens come last."""
+        """Keys and values of those layers. The slots for generated tokens come last."""
 
     @property
-    def valid(self) -> Bool[Array, "B S"]:
-        """Which of their slots may be seen."""
+    def visible(self) -> Bool[Array, "B S"]:
+        """Slots of ``caches`` that the current token may attend to."""
 
     @property
-    def is_visual(self) -> Bool[Array, "B V"]:
-        """Which visual slots hold visual tokens, not newlines."""
+    def is_visual(self) -> Bool[Array, "B visual"]:
+        """Visual slots that hold visual tokens, not newlines."""
 
     @property
     def attended(self) -> Int[Array, "B"]:
-        """Visual tokens (newlines not counted) among them."""
+        """Number of visual tokens, newlines not counted, that are visible."""
 
     @property
     def refreshed(self) -> Bool[Array, "B"]:
-        """Whether the last step chose them anew."""
+        """Whether the last step chose anew."""
 
-    def seen(self) -> Bool[Array, "B V"]:
-        """The visual slots that the last step attended to, for whoever wants to look."""
+    def chosen_slots(self) -> Bool[Array, "B visual"]:
+        """Visual slots that are chosen, newlines among them; for inspection."""
 
 
 @runtime_checkable
 class DecodePruning(Protocol):
-    """Stage 2. Layers below ``layer`` attend to everything, the others to what is chosen.
+    """Stage 2. Layers below ``layer`` attend to all tokens, the others to what is chosen.
 
-    Hashable, because compiled programs are made for it.
+    Hashable, because programs are compiled for it.
     """
 
     def __hash__(self) -> int: ...
 
     @property
     def layer(self) -> int:
-        """The first layer that attends to a reduced set; the one before it gives the scores."""
+        """The first layer that attends to what is chosen. The layer before it gives the scores."""
 
     def start(
         self,
         caches: list[KV],
         valid: Bool[Array, "B S"],
-        is_visual: Bool[Array, "B V"],
-        scores: Float[Array, "B V"],
+        is_visual: Bool[Array, "B visual"],
+        scores: Float[Array, "B visual"],
     ) -> Any:
-        """The state before the first step.
+        """The state before the first decode step.
 
         Args:
             caches: keys and values of the layers from ``layer`` on, over all slots.
-            valid: which slots hold a token.
-            is_visual: which visual slots hold visual tokens, not newlines.
-            scores: attention of the prompt's last token to each visual slot, mean over heads,
-                float32.
+            valid: slots that hold a token.
+            is_visual: visual slots that hold visual tokens, not newlines.
+            scores: attention weights of the prompt's last token on the visual slots in layer
+                ``layer - 1``, as the mean over heads, float32.
         """
 
     def update(
         self,
         state: Any,
-        scores: Float[Array, "B V"],
+        scores: Float[Array, "B visual"],
         step: Int[Array, ""],
         active: Bool[Array, "B"],
     ) -> Any:
-        """The state for one step.
+        """The state for one decode step.
 
         Args:
-            state: what ``start`` or the last ``update`` gave, new tokens appended by the caller.
-            scores: attention of the current token to each visual slot, mean over heads, float32.
-            step: index of the slot that the current token takes among the generated ones.
+            state: result of ``start`` or of the last ``update``, with the keys and values of new
+                tokens appended by the caller.
+            scores: attention weights of the current token on the visual slots in layer
+                ``layer - 1``, as the mean over heads, float32.
+            step: index of the current token's slot among the generated ones, from 0.
             active: rows that are still generating.
         """

@@ -6,25 +6,25 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def merge(
+def select(
     features: Float[Array, "B F N D"], kept: int, *, official: bool = False
 ) -> Int[Array, "B M"]:
-    """Chooses the visual tokens that enter the language model.
+    """Selects the visual tokens that enter the language model.
 
-    Frames are taken in windows of four, f0 f1 f2 f3. f0 stays whole; f1 is compared with f0, f3
-    with f2 and f2 with f0, token by token at the same place; of a compared frame the ``kept``
-    tokens that are least similar stay. Nothing is averaged: merging means that the redundant copy
-    goes. A short last window follows the same rules for the frames that it has.
+    Frames are taken in windows of four, f0 f1 f2 f3. All tokens of f0 are kept. f1 is compared with
+    f0, f3 with f2 and f2 with f0, token by token at the same place, and the ``kept`` tokens of the
+    compared frame with the lowest similarity are kept. Nothing is averaged: merging means that the
+    redundant copy is dropped. A short last window follows the same rules for its frames.
 
-    One vectorised operation: which frame is compared with which is known from F alone.
+    It is one vectorised operation, because F alone says which frames are compared.
 
     Args:
-        features: pooled visual tokens of B clips, newlines not among them, any float dtype;
-            similarity is computed in float32.
-        kept: tokens to keep of each compared frame, 0..N.
-        official: follow the published code instead: kept tokens of a frame
-            in order of ascending similarity, the third frame of the last window whole where it
-            ends the clip, the last of an odd number of frames dropped. F must be at least 5.
+        features: pooled visual tokens of B clips without newlines, of any float dtype; similarity
+            is computed in float32.
+        kept: number of tokens to keep of each compared frame, in 0..N.
+        official: follow the published code instead: the kept tokens of a frame are in order of
+            ascending similarity, the third frame of a last, full window is kept whole, and the
+            last of an odd number of frames is dropped. F must be at least 5.
 
     Returns:
         Indices into the F * N tokens of each clip, frame by frame; within a frame in raster order
@@ -58,10 +58,15 @@ def merge(
 def similarity_map(
     features: Float[Array, "B F N D"], *, official: bool = False
 ) -> Float[Array, "B F N"]:
-    """How similar each token is to the one it is compared with: what ``merge`` decides by.
+    """The similarities by which ``select`` decides.
+
+    Args:
+        features: as for ``select``.
+        official: as for ``select``.
 
     Returns:
-        Cosine similarity in float32; NaN in frames that are compared with none.
+        Cosine similarity in float32 of each token and the token that it is compared with; NaN in
+        frames that are compared with none.
     """
     batch, frames, tokens, _ = features.shape
     compared, similarity = _compare(features, _references(frames, official))
@@ -70,15 +75,15 @@ def similarity_map(
 
 def _compare(
     features: Float[Array, "B F N D"], reference: dict[int, int]
-) -> tuple[Int[np.ndarray, "C"], Float[Array, "B C N"]]:
-    """The compared frames in order, and the similarity of each of their tokens."""
+) -> tuple[Int[np.ndarray, "compared"], Float[Array, "B compared N"]]:
+    """The compared frames in ascending order, and the similarity of each of their tokens."""
     compared = np.array(sorted(reference), np.int32)
     others = np.array([reference[f] for f in sorted(reference)], np.int32)
     return compared, _cosine(features[:, compared], features[:, others])
 
 
 def _references(frames: int, official: bool) -> dict[int, int]:
-    """Which frame each compared frame is compared with."""
+    """The frame with which each compared frame is compared."""
     odd = {f: f - 1 for f in range(1, frames, 2)}
     third = {f: f - 2 for f in range(2, frames, 4)}
     if official:
@@ -87,7 +92,9 @@ def _references(frames: int, official: bool) -> dict[int, int]:
     return odd | third
 
 
-def _cosine(a: Float[Array, "B C N D"], b: Float[Array, "B C N D"]) -> Float[Array, "B C N"]:
+def _cosine(
+    a: Float[Array, "B compared N D"], b: Float[Array, "B compared N D"]
+) -> Float[Array, "B compared N"]:
     """Cosine similarity in float32; 0 where a vector is zero, exactly 1 where both are equal."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     product, norm_a, norm_b = (a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)

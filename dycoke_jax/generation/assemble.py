@@ -1,4 +1,4 @@
-"""Builds a prompt's embeddings: prefix | visual tokens and newlines | question."""
+"""Assembles the embeddings of a prompt: prefix | visual tokens and newlines | question."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from dycoke_jax.config import Newline
 class Visual(NamedTuple):
     """The visual segment of a prompt."""
 
-    embeds: Float[Array, "B V D"]
-    valid: Bool[Array, "B V"]
-    """False in slots of newlines whose row is gone."""
-    is_visual: Bool[Array, "B V"]
-    """True for visual tokens, False for newlines."""
+    embeds: Float[Array, "B visual D"]
+    valid: Bool[Array, "B visual"]
+    """Slots that hold a token; newlines whose row has no kept token are left out."""
+    is_visual: Bool[Array, "B visual"]
+    """Slots of visual tokens, as opposed to newlines."""
 
 
 class TextIds(NamedTuple):
-    """The text segments of a prompt, each row filled from the left."""
+    """The text segments of a prompt as token ids, each row filled from the left."""
 
     prefix: Int[Array, "B prefix"]
     prefix_length: Int[Array, "B"]
@@ -34,23 +34,24 @@ def place_newlines(
     where: Newline,
     grid: tuple[int, int],
 ) -> Visual:
-    """Gathers the kept tokens and puts the learned newline where the model was trained to see it.
+    """Gathers the kept tokens, and inserts the learned newline where the model expects it.
 
-    A newline is never compared or dropped by compression. In the ``grid`` layout it closes a row,
-    so it goes exactly when all tokens of its row are gone (likewise in ``frame``): the model never
-    saw two newlines in a row, and a row without tokens says nothing. Its slot stays, marked
-    invalid, because how many rows are empty is known only while running.
+    Compression never compares or drops a newline. In the ``grid`` layout a newline ends a row, so
+    it is left out exactly if no token of its row is kept (in ``frame``: no token of its frame): in
+    training two newlines never follow each other. Its slot remains and is not valid, because the
+    number of empty rows is known only at run time.
 
     Args:
         features: pooled visual tokens of each clip.
-        kept: indices into the F * N tokens, in raster order unless ``where`` is one_token or
-            no_token; None keeps all.
+        kept: indices into the F * N tokens of each clip, in raster order unless ``where`` is
+            one_token or no_token. None: all are kept.
         newline: the learned vector.
-        where: the layout.
+        where: position of newlines, see ``config.Newline``.
         grid: rows and columns of a frame's tokens.
 
     Returns:
-        V = M + 1 (one_token), M + F * rows (grid), M + F (frame) or M (no_token) slots.
+        The visual segment of M + 1 (one_token), M + F * rows (grid), M + F (frame) or M (no_token)
+        slots.
     """
     batch, frames, tokens, width = features.shape
     flat = features.reshape(batch, frames * tokens, width)
@@ -83,7 +84,7 @@ def place_newlines(
 
 
 def newline_slots(where: Newline, grid: tuple[int, int], frames: int) -> int:
-    """How many newline slots a clip of this many frames has."""
+    """Number of newline slots of a clip with this many frames."""
     match where:
         case "one_token":
             return 1
@@ -96,7 +97,7 @@ def newline_slots(where: Newline, grid: tuple[int, int], frames: int) -> int:
 
 
 def text_valid(text: TextIds) -> tuple[Bool[Array, "B prefix"], Bool[Array, "B question"]]:
-    """Which text slots hold a token."""
+    """Prefix slots and question slots that hold a token."""
     prefix = jnp.arange(text.prefix.shape[1]) < text.prefix_length[:, None]
     question = jnp.arange(text.question.shape[1]) < text.question_length[:, None]
     return prefix, question

@@ -1,7 +1,6 @@
-"""Generates the tokens after the first: the whole loop is one compiled call."""
+"""Generates the tokens after the first; the whole loop is one compiled call."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from dycoke_jax.generation.state import DecodeState, Limits, take_token
 from dycoke_jax.models.llava import Llava, Params, bind
 
 
-# The state is donated: the caches are updated where they lie instead of being copied.
-@partial(jax.jit, static_argnames=("config", "pruning", "slots"), donate_argnames="state")
+# The state is donated, so that the caches are updated in place instead of being copied.
+@jax.jit(static_argnames=("config", "pruning", "slots"), donate_argnames="state")
 def decode(
     config: LlavaConfig,
     params: Params,
@@ -28,16 +27,16 @@ def decode(
     pruning: DecodePruning | None,
     slots: Slots,
 ) -> DecodeState:
-    """Goes on until every row is done or ``until`` tokens are there.
+    """Generates until every row is done or has ``until`` tokens.
 
     Args:
         config: the model (static).
         params: its weights.
-        state: from ``prefill`` or an earlier call; donated.
+        state: result of ``prefill`` or of an earlier call; donated.
         sampling: as given to ``prefill``.
-        limits: likewise.
-        until: at most ``slots.generated``; traced, so that streaming in pieces of any size uses
-            the program of the whole.
+        limits: as given to ``prefill``.
+        until: number of generated tokens at which to stop, at most ``slots.generated``. Traced, so
+            that streaming in pieces of any size runs the same program.
         pruning: as given to ``prefill`` (static).
         slots: the layout of the cache (static).
     """
@@ -56,11 +55,15 @@ def decode(
 
 def decode_step(
     model: Llava, state: DecodeState, pruning: DecodePruning | None, slots: Slots
-) -> tuple[Float[Array, "B L"], DecodeState]:
-    """Reads ``state.token`` of each row into the caches and scores the token that follows.
+) -> tuple[Float[Array, "B V"], DecodeState]:
+    """One decode step: reads ``state.token`` of each row into the caches.
 
-    All rows write to the same slot, the ``step``-th of the generated ones, whatever their lengths:
-    one slice update a layer, in place, with nothing to gather on a sharded batch.
+    All rows write to the same slot, the ``step``-th of the generated ones, whatever the lengths of
+    their prompts. That is one slice update a layer in place, with nothing to gather on a sharded
+    batch.
+
+    Returns:
+        The logits of the token that follows, float32, and the new state.
     """
     language = model.language_model
     index = state.step - 1  # of the token being read, among the generated ones
@@ -87,14 +90,14 @@ def decode_step(
         for number, cache in enumerate(pruned.caches, start=len(caches)):
             slot = cache.keys.shape[2] - slots.generated + index
             with jax.named_scope(f"layer_{number}"):
-                x, cache, _ = language.layers[number].decode(x, rope, cache, slot, pruned.valid)
+                x, cache, _ = language.layers[number].decode(x, rope, cache, slot, pruned.visible)
             late.append(cache)
         state = _record(replace(state, pruned=replace(pruned, caches=late)))
     return model.logits(language.norm(x)[:, 0]), state
 
 
 def _record(state: DecodeState) -> DecodeState:
-    """Notes what the pruned layers saw, beside the token that this step is about to make."""
+    """Records what the pruned layers attended to, at the place of the token that follows."""
 
     def note(log: Array, column: Array) -> Array:
         column = jnp.where(state.done, 0, column).astype(log.dtype)

@@ -1,7 +1,6 @@
-"""Frames to visual tokens, in chunks of a fixed size so that memory is bounded."""
+"""Encodes frames to visual tokens, in chunks of a fixed size so that memory is bounded."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from dycoke_jax.models.llava import Params, bind
 from dycoke_jax.progress import Progress
 
 MAX_CHUNK = 8
-"""Frames that the tower takes at once: a few keep any device busy, more only take memory."""
+"""Frames that the tower encodes in one call: a few keep any device busy, more only cost memory."""
 
 
 def encode(
@@ -25,14 +24,14 @@ def encode(
 ) -> Float[Array, "B F N D"]:
     """Encodes the frames of all clips, folded together.
 
-    Chunks of one shape are written one after another into one array, so the programs depend on
-    ``rows`` and F only, and no frame is encoded for an empty place of the batch.
+    Chunks of one shape are written one after another into one array. So the programs depend on
+    ``rows`` and F only, and no frame is encoded for an empty row of the batch.
 
     Args:
         config: the model.
         params: its weights.
-        clips: F frames each, resized to the tower's input; ``rows`` of them at most.
-        rows: places of the batch (B); those without a clip hold zeros.
+        clips: at most ``rows`` clips of F frames each, resized to the tower's input.
+        rows: rows of the batch (B); those without a clip are filled with zeros.
         progress: called with the frames encoded after each chunk.
     """
     frames = np.concatenate(clips)
@@ -49,15 +48,15 @@ def encode(
     return _unfold(tokens, np.int32(len(frames)), rows, per_clip)
 
 
-@partial(jax.jit, static_argnames=("config", "frames"))
+@jax.jit(static_argnames=("config", "frames"))
 def _empty(config: LlavaConfig, params: Params, frames: int) -> Float[Array, "frames N D"]:
     width = config.text.hidden_size
     dtype = params["projector.linear_2.weight"].dtype
     return jnp.zeros((frames, config.tokens_per_frame, width), dtype)
 
 
-# The array is donated: every chunk is written in place.
-@partial(jax.jit, static_argnames="config", donate_argnames="tokens")
+# The array is donated, so that every chunk is written in place.
+@jax.jit(static_argnames="config", donate_argnames="tokens")
 def _encode_chunk(
     config: LlavaConfig,
     params: Params,
@@ -69,11 +68,11 @@ def _encode_chunk(
     return jax.lax.dynamic_update_slice_in_dim(tokens, encoded.astype(tokens.dtype), start, axis=0)
 
 
-@partial(jax.jit, static_argnames=("rows", "per_clip"))
+@jax.jit(static_argnames=("rows", "per_clip"))
 def _unfold(
     tokens: Float[Array, "frames N D"], count: Int[Array, ""], rows: int, per_clip: int
 ) -> Float[Array, "B F N D"]:
-    """One row a clip; what the last chunk made of its filling becomes zeros."""
+    """Brings the tokens to one row a clip, and replaces those of filled-up frames by zeros."""
     real = jnp.arange(tokens.shape[0]) < count
     tokens = jnp.where(real[:, None, None], tokens, 0)[: rows * per_clip]
     return tokens.reshape(rows, per_clip, *tokens.shape[1:])

@@ -1,4 +1,4 @@
-"""The static shape of a batch, known before anything runs."""
+"""The static shapes of a batch, known before anything runs."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +14,7 @@ from dycoke_jax.generation.assemble import newline_slots
 
 @dataclass(frozen=True)
 class Layout:
-    """What a batch's programs are compiled for."""
+    """What the programs of a batch are compiled for: sizes of its segments, and its pruning."""
 
     slots: Slots
     pruning: DecodePruning | None
@@ -29,10 +29,18 @@ def plan(
     generated: int,
     compression: Compressor | None,
 ) -> Layout:
-    """The layout for clips of ``frames`` frames (0: no video) and these segment sizes.
+    """The layout of a batch.
+
+    Args:
+        config: the model.
+        frames: frames of each clip; 0 for prompts without video.
+        prefix: slots of the prefix.
+        question: slots of the question.
+        generated: slots for generated tokens.
+        compression: method and settings, or None for the plain model.
 
     Raises:
-        ConfigError: where the compression cannot work on this model or clip length.
+        ConfigError: if the compression cannot work on this model or clip length.
     """
     if frames == 0:
         return Layout(Slots(prefix, 0, question, generated), None)
@@ -40,7 +48,7 @@ def plan(
     if compression is not None:
         compression.check(config, frames)
         features = jax.ShapeDtypeStruct((1, frames, config.tokens_per_frame, 1), jnp.float32)
-        kept = jax.eval_shape(compression.merge, features)
+        kept = jax.eval_shape(compression.select, features)
         tokens = tokens if kept is None else kept.shape[1]
     visual = tokens + newline_slots(config.newline, config.frame_grid, frames)
     slots = Slots(prefix, visual, question, generated)

@@ -1,6 +1,5 @@
-"""Reads the prompts: merges visual tokens, fills the key/value caches, gives the first token."""
+"""Prefill: selects visual tokens, fills the key/value caches, gives the first token."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from dycoke_jax.models.llava import Llava, Params, bind
 from dycoke_jax.models.qwen2 import positions_of
 
 
-@partial(jax.jit, static_argnames=("config", "compression", "pruning", "generated"))
+@jax.jit(static_argnames=("config", "compression", "pruning", "generated"))
 def prefill(
     config: LlavaConfig,
     params: Params,
@@ -30,25 +29,25 @@ def prefill(
     pruning: DecodePruning | None,
     generated: int,
 ) -> DecodeState:
-    """Reads B prompts and chooses their first tokens, in one compiled call.
+    """Runs the language model over B prompts and samples their first tokens, in one call.
 
     Args:
         config: the model (static).
         params: its weights.
         features: pooled visual tokens of one clip a row, or None for prompts without video.
-        text: ids before and after the clip.
-        sampling: how each row chooses.
+        text: token ids before and after the clip.
+        sampling: how each row samples its tokens.
         limits: when each row stops.
         compression: method and settings (static); None traces nothing of compression.
-        pruning: its second stage for this layout (static), see ``layout.plan``.
-        generated: slots to make for generated tokens (static).
+        pruning: second stage of the compression for this layout (static), see ``layout.plan``.
+        generated: number of slots for generated tokens (static).
     """
     model = bind(config, params)
     kept = None
     if features is None:
         visual = no_visual(config, text.question.shape[0])
     else:
-        kept = None if compression is None else compression.merge(features)
+        kept = None if compression is None else compression.select(features)
         newline = model.image_newline[...]
         visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
     read = read_prompt(model, visual, text)
@@ -64,19 +63,19 @@ def prefill(
 
 
 class PromptRead(NamedTuple):
-    """What reading a prompt left behind."""
+    """Results of a pass over the prompts."""
 
     states: Float[Array, "B T D"]
-    """After the final norm."""
+    """States after the final norm."""
     caches: list[KV]
     valid: Bool[Array, "B T"]
-    """Which slots hold a token."""
+    """Slots that hold a token."""
     inputs: list[Float[Array, "B T D"]]
-    """Of each layer; the compiler drops what nobody reads."""
+    """Input of each layer; the compiler drops those that nothing reads."""
 
 
 def read_prompt(model: Llava, visual: Visual, text: TextIds) -> PromptRead:
-    """Runs the language model over all prompt slots."""
+    """Runs the language model over all slots of the prompts."""
     embed = model.language_model.embed_tokens
     prefix, question = embed(text.prefix), embed(text.question)
     x = jnp.concatenate([prefix, visual.embeds.astype(prefix.dtype), question], axis=1)
@@ -89,7 +88,7 @@ def read_prompt(model: Llava, visual: Visual, text: TextIds) -> PromptRead:
 def last_attention(
     model: Llava, read: PromptRead, layer: int, last: Int[Array, "B"]
 ) -> Float[Array, "B H T"]:
-    """What the last token of each prompt attends to in a layer."""
+    """Attention weights, float32, of the last token of each prompt in a layer."""
     language = model.language_model
     position = jnp.take_along_axis(positions_of(read.valid), last[:, None], axis=1)
     x = jnp.take_along_axis(read.inputs[layer], last[:, None, None], axis=1)
@@ -102,12 +101,12 @@ def start(
     valid: Bool[Array, "B T"],
     visual: Visual,
     kept: Int[Array, "B M"] | None,
-    scores: Float[Array, "B V"] | None,
+    scores: Float[Array, "B visual"] | None,
     limits: Limits,
     pruning: DecodePruning | None,
     generated: int,
 ) -> DecodeState:
-    """Makes room for generated tokens, and hands the later layers' caches to the pruning."""
+    """The state before the first token: caches with room for generated tokens, and pruning."""
     batch = valid.shape[0]
     length = valid.sum(1, dtype=jnp.int32)
     caches = [

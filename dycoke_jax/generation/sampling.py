@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, with a seed for each request."""
+"""Sampling of the next token: greedy, temperature, top-k, top-p, with a seed for each request."""
 
 from typing import NamedTuple
 
@@ -8,30 +8,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Sampling(NamedTuple):
-    """How each row chooses; all traced, so that changing them compiles nothing."""
+    """Settings of each row. All are traced, so that changing them compiles nothing."""
 
     temperature: Float[Array, "B"]
-    """0 is greedy."""
+    """0 for greedy decoding."""
     top_k: Int[Array, "B"]
-    """0 takes the whole vocabulary."""
+    """Number of most likely tokens to sample from; 0 for the whole vocabulary."""
     top_p: Float[Array, "B"]
-    """1 takes the whole vocabulary."""
+    """Probability that the tokens to sample from hold together; 1 for the whole vocabulary."""
     seed: Int[Array, "B"]
 
 
 def sample(
-    logits: Float[Array, "B L"], sampling: Sampling, index: Int[Array, ""]
+    logits: Float[Array, "B V"], sampling: Sampling, index: Int[Array, ""]
 ) -> Int[Array, "B"]:
     """The next token of each row.
 
-    Temperature, then top-k, then top-p, in the order and with the meaning of transformers' logits
-    warpers. The random numbers of a row depend on its seed and on ``index`` alone, so a row of a
-    batch draws what the same request alone would draw.
+    Temperature, top-k and top-p are applied in this order, as the logits processors of transformers
+    do. The random numbers of a row depend on its seed and on ``index`` alone, so that a row of a
+    batch samples what the same request alone would.
 
     Args:
-        logits: float32 scores.
-        sampling: settings a row.
-        index: which generated token this is, from 0.
+        logits: float32 logits.
+        sampling: settings of each row.
+        index: number of the generated token, from 0.
     """
 
     def draw() -> Int[Array, "B"]:
@@ -45,14 +45,14 @@ def sample(
     def greedy() -> Int[Array, "B"]:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    # Sorting a vocabulary costs more than a small model's head: skip it where nobody draws.
+    # Sorting the vocabulary costs more than the head of a small model: skip it if all are greedy.
     return jax.lax.cond((sampling.temperature > 0).any(), draw, greedy)
 
 
 def _allowed(
-    scores: Float[Array, "B L"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
-) -> Bool[Array, "B L"]:
-    """The tokens that top-k and then top-p leave; equal scores share their fate."""
+    scores: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
+) -> Bool[Array, "B V"]:
+    """The tokens that top-k and then top-p leave; tokens of equal score are treated alike."""
     ordered = jnp.sort(scores, axis=-1, descending=True)
     ranks = jnp.arange(scores.shape[1])
     k = jnp.where(top_k <= 0, scores.shape[1], jnp.minimum(top_k, scores.shape[1]))

@@ -16,47 +16,48 @@ class Limits:
     """When each row stops."""
 
     max_new_tokens: Int[Array, "B"]
-    """0 marks an empty place in the batch."""
+    """0 marks an empty row of the batch."""
     stop_ids: Int[Array, "B stops"]
-    """Filled up with -1."""
+    """Ids that end an answer, filled up with -1."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """A batch in the middle of generating; every shape stays as it is until the end."""
+    """A batch between two decode steps. No shape changes until the end."""
 
     step: Int[Array, ""]
-    """Tokens generated so far by the rows that go on."""
+    """Number of tokens generated so far by the rows that are not done."""
     token: Int[Array, "B"]
-    """The last of them, not yet read by the model."""
-    tokens: Int[Array, "B G"]
-    """All of them; 0 after a row's end."""
+    """The last token of each row, which the model has not read yet."""
+    tokens: Int[Array, "B generated"]
+    """All generated tokens; 0 after the end of a row."""
     count: Int[Array, "B"]
-    """How many of ``tokens`` each row has made, its stop token included."""
+    """Number of generated tokens of each row, its stop token included."""
     done: Bool[Array, "B"]
     stopped: Bool[Array, "B"]
     """Whether the row ended by a stop token."""
     length: Int[Array, "B"]
-    """Tokens of the prompt, which is the rotary position of the first generated one."""
+    """Number of tokens of the prompt: the rotary position of the first generated token."""
     visual: Int[Array, "B"]
-    """Visual tokens of the prompt after merging."""
+    """Number of kept visual tokens of the prompt."""
     newlines: Int[Array, "B"]
     kept: Int[Array, "B M"] | None
-    """Which ones they are, in their order (see ``protocol.Compressor.merge``); None: all."""
+    """Indices of the kept tokens (see ``protocol.Compressor.select``); None: all are kept."""
     caches: list[KV]
-    """Keys and values of the layers that attend to everything, over all slots."""
+    """Keys and values over all slots, of the layers that are not pruned."""
     valid: Bool[Array, "B S"]
     pruned: Any
-    """What the other layers attend to (a ``protocol.PrunedCache``); None without pruning."""
-    attended: Int[Array, "B G"]
-    """Visual tokens that those layers saw in the step that made each token; 0 at the first."""
-    refreshed: Bool[Array, "B G"]
-    """Whether that step chose them anew."""
+    """State of the pruned layers (a ``protocol.PrunedCache``); None without pruning."""
+    attended: Int[Array, "B generated"]
+    """Visual tokens that the pruned layers attended to in the step that made each token; 0 for the
+    first token."""
+    refreshed: Bool[Array, "B generated"]
+    """Whether the step that made each token chose anew."""
 
 
 def take_token(state: DecodeState, token: Int[Array, "B"], limits: Limits) -> DecodeState:
-    """Books a new token for every row that is not done, and sees which rows end with it."""
+    """Appends a new token to every row that is not done, and marks the rows that end with it."""
     stop = (token[:, None] == limits.stop_ids).any(1)
     active = ~state.done
     column = jnp.where(active, token, 0)[:, None]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 
 def parameter(*shape: int) -> nnx.Param[Array]:
-    """A parameter of a shape."""
+    """A parameter of the given shape, float32; its values are never used (see the module)."""
     return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
@@ -24,13 +24,13 @@ class Linear(nnx.Module):
         self.bias = parameter(width_out) if bias else None
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
-        """Applies the layer in x's dtype; a float32 input is multiplied in true float32."""
+        """Computes x @ weight.T + bias in the dtype of x, float32 in full precision."""
         out = jnp.einsum("...k,nk->...n", x, self.weight[...].astype(x.dtype), precision="highest")
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation, computed in float32."""
+    """Layer normalisation over the last axis, computed in float32."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         self.weight = parameter(width)
@@ -38,7 +38,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        """Returns x's dtype."""
+        """Computes (x - mean) / sqrt(variance + epsilon) * weight + bias, in the dtype of x."""
         wide = x.astype(jnp.float32)
         wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.epsilon)
@@ -46,14 +46,14 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation, computed in float32."""
+    """Root-mean-square normalisation over the last axis, computed in float32."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         self.weight = parameter(width)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        """Returns x's dtype."""
+        """Computes x / sqrt(mean(x^2) + epsilon) * weight, in the dtype of x."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.epsilon)
         return (wide * self.weight[...]).astype(x.dtype)

@@ -33,12 +33,12 @@ class Llava(nnx.Module):
         self.lm_head = None if config.text.tie_word_embeddings else Head(config)
 
     def encode(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C N D"]:
-        """Frames to pooled visual tokens of the language model's width, in raster order."""
+        """Vision tower, projector and pooling: the visual tokens of each frame in raster order."""
         features = self.projector(self.vision_tower(frames))
         return pool(features, self.config.pool_mode, self.config.pool_stride)
 
-    def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows L"]:
-        """Next-token scores of normed states, in float32."""
+    def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Next-token logits in float32 of states after the final norm."""
         head = self.lm_head or self.language_model.embed_tokens
         weight = head.weight[...].astype(x.dtype)
         return jnp.einsum(
@@ -47,20 +47,20 @@ class Llava(nnx.Module):
 
 
 class Projector(nnx.Module):
-    """Two layers with the exact GELU, from the tower's width to the language model's."""
+    """A two-layer MLP with the exact GELU, from the tower's width to the language model's."""
 
     def __init__(self, config: LlavaConfig) -> None:
         width = config.text.hidden_size
         self.linear_1 = Linear(config.vision.hidden_size, width, bias=True)
         self.linear_2 = Linear(width, width, bias=True)
 
-    def __call__(self, x: Float[Array, "C P Dv"]) -> Float[Array, "C P D"]:
-        """Projects every patch."""
+    def __call__(self, x: Float[Array, "C P vision_width"]) -> Float[Array, "C P D"]:
+        """Computes linear_2(gelu(linear_1(x))) for every patch."""
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
 
 
 class Head(nnx.Module):
-    """A language-model head of its own, where it is not tied to the embedding."""
+    """The matrix of the logits, where it is not tied to the embedding."""
 
     def __init__(self, config: LlavaConfig) -> None:
         self.weight = parameter(config.text.vocab_size, config.text.hidden_size)
@@ -77,22 +77,23 @@ def _path(keys: tuple) -> str:
 
 
 def abstract_params(config: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path, shape and (float32) dtype of every parameter, without making any."""
+    """Shape and dtype (float32) of every parameter by its path; allocates nothing."""
     _, leaves = _split(config)
     return {_path(keys): jax.ShapeDtypeStruct(param.shape, param.dtype) for keys, param in leaves}
 
 
 def bind(config: LlavaConfig, params: Params) -> Llava:
-    """The model with these weights; cheap, and meant to be called inside jitted functions."""
+    """The model with these weights. It is cheap and meant to be called inside jitted functions."""
     graphdef, leaves = _split(config)
     state = nnx.from_flat_state([(keys, p.replace(params[_path(keys)])) for keys, p in leaves])
     return nnx.merge(graphdef, state)
 
 
 def random_param(path: str, shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "..."]:
-    """One weight as an untrained model has it, float32: norms 1, biases 0, the rest normal (.02).
+    """One weight of an untrained model, float32.
 
-    It depends on its path and the seed alone, so a model can be made tensor by tensor.
+    Norms are 1, biases 0, all others normal with a standard deviation of 0.02. A weight depends on
+    its path and the seed alone, so that a model can be made tensor by tensor.
     """
     *_, module, name = ["", *path.split(".")]
     if name == "bias":
@@ -104,7 +105,7 @@ def random_param(path: str, shape: tuple[int, ...], seed: int) -> Float[np.ndarr
 
 
 def random_params(config: LlavaConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> Params:
-    """The weights of an untrained model."""
+    """The weights of an untrained model; see ``random_param``."""
     return {
         path: jnp.asarray(random_param(path, leaf.shape, seed), dtype)
         for path, leaf in abstract_params(config).items()

@@ -1,7 +1,7 @@
 """The Qwen2 language model (Yang et al. 2024): grouped-query attention, rotary positions, SwiGLU.
 
-A layer can be run over a whole prompt (``prefill``) or over one new token a row against a cache
-(``decode``). Which cache, and which of its slots may be seen, is the caller's business: that is
+A layer is run over a whole prompt (``prefill``) or over one new token a row against a cache
+(``decode``). The caller decides which cache that is and which of its slots are visible: that is
 where token compression plugs in.
 """
 
@@ -29,7 +29,7 @@ class Qwen2(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rope(self, positions: Int[Array, "B T"]) -> Rope:
-        """What ``prefill`` and ``decode`` of every layer need to know of the positions."""
+        """Cosines and sines of the rotary embedding at these positions, for all layers."""
         return rotations(positions, self.config.head_dim, self.config.rope_theta)
 
     def prefill(
@@ -41,13 +41,13 @@ class Qwen2(nnx.Module):
         """Runs a whole prompt.
 
         Args:
-            x: embeddings, tokens in the order in which they attend to each other.
+            x: embeddings of the tokens in causal order.
             positions: rotary position of each slot.
-            valid: which slots hold a token; the others are never attended to.
+            valid: slots that hold a token; the others are never attended to.
 
         Returns:
-            The state after the final norm, each layer's keys and values, and each layer's input
-            (which the compiler drops where nobody reads it).
+            The states after the final norm, the keys and values of each layer, and the input of
+            each layer (the compiler drops inputs that nothing reads).
         """
         rope = self.rope(positions)
         caches, inputs = [], []
@@ -66,12 +66,12 @@ class Embedding(nnx.Module):
         self.weight = parameter(config.vocab_size, config.hidden_size)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks up ids; each must lie in the vocabulary."""
+        """The vectors of token ids, each of which must lie in the vocabulary."""
         return self.weight[...][ids]
 
 
 class Qwen2Layer(nnx.Module):
-    """A pre-norm decoder block."""
+    """A pre-norm decoder block: grouped-query attention and SwiGLU, each with a residual."""
 
     def __init__(self, config: TextConfig) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -86,9 +86,9 @@ class Qwen2Layer(nnx.Module):
         valid: Bool[Array, "B T"],
         parts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """Causal attention over the prompt itself; for ``parts`` see ``ops.attention``."""
+        """The block over whole sequences, causal; ``parts`` as in ``ops.attention``."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
-        x = x + self.self_attn.merge(attention(q, k, v, valid, causal=True, parts=parts))
+        x = x + self.self_attn.join_heads(attention(q, k, v, valid, causal=True, parts=parts))
         return x + self.mlp(self.post_attention_layernorm(x)), KV(k, v)
 
     def decode(
@@ -97,25 +97,32 @@ class Qwen2Layer(nnx.Module):
         rope: Rope,
         cache: KV,
         slot: Int[Array, ""],
-        valid: Bool[Array, "B S"],
+        visible: Bool[Array, "B S"],
     ) -> tuple[Float[Array, "B 1 D"], KV, Float[Array, "B H S"]]:
-        """One new token a row, written into the cache at ``slot`` and attending to ``valid`` slots.
+        """The block over one new token a row.
+
+        Args:
+            x: state of the token.
+            rope: rotation of its position.
+            cache: keys and values of the tokens before it.
+            slot: where its own keys and values are written.
+            visible: slots that it attends to.
 
         Returns:
             The new state, the cache with the token in it, and the attention weights in float32.
         """
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
         cache = KV(append(cache.keys, k, slot), append(cache.values, v, slot))
-        out, weights = decode_attention(q, cache.keys, cache.values, valid)
-        x = x + self.self_attn.merge(out)
+        out, weights = decode_attention(q, cache.keys, cache.values, visible)
+        x = x + self.self_attn.join_heads(out)
         return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
 
     def attention_of(
-        self, x: Float[Array, "B 1 D"], rope: Rope, cache: KV, valid: Bool[Array, "B S"]
+        self, x: Float[Array, "B 1 D"], rope: Rope, cache: KV, visible: Bool[Array, "B S"]
     ) -> Float[Array, "B H S"]:
-        """Attention weights of one token a row, whose key is in the cache already, in float32."""
+        """Float32 attention weights of one token a row whose key is in the cache already."""
         q, _, _ = self.self_attn.project(self.input_layernorm(x), rope)
-        return decode_attention(q, cache.keys, cache.values, valid)[1]
+        return decode_attention(q, cache.keys, cache.values, visible)[1]
 
 
 class Qwen2Attention(nnx.Module):
@@ -131,8 +138,8 @@ class Qwen2Attention(nnx.Module):
 
     def project(
         self, x: Float[Array, "B T D"], rope: Rope
-    ) -> tuple[Float[Array, "B H T E"], Float[Array, "B J T E"], Float[Array, "B J T E"]]:
-        """Queries and keys, turned to their positions, and values."""
+    ) -> tuple[Float[Array, "B H T E"], Float[Array, "B K T E"], Float[Array, "B K T E"]]:
+        """Queries and keys, rotated to their positions, and values."""
 
         def heads(y: Float[Array, "B T inner"]) -> Float[Array, "B heads T E"]:
             return y.reshape(*y.shape[:2], -1, self.head_dim).swapaxes(1, 2)
@@ -140,14 +147,14 @@ class Qwen2Attention(nnx.Module):
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         return rotate(q, rope), rotate(k, rope), v
 
-    def merge(self, out: Float[Array, "B H T E"]) -> Float[Array, "B T D"]:
-        """Brings the heads together."""
+    def join_heads(self, out: Float[Array, "B H T E"]) -> Float[Array, "B T D"]:
+        """The output projection of the concatenated heads."""
         out = out.swapaxes(1, 2)
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
 
 class Qwen2MLP(nnx.Module):
-    """SwiGLU."""
+    """The SwiGLU feed-forward network (Shazeer 2020)."""
 
     def __init__(self, config: TextConfig) -> None:
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -155,10 +162,10 @@ class Qwen2MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Gates, narrows."""
+        """Computes down(silu(gate(x)) * up(x))."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def positions_of(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Rotary positions: the number of tokens before each slot, whatever slots are empty."""
+    """Rotary positions: the number of tokens before each slot; empty slots are not counted."""
     return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)

@@ -16,7 +16,7 @@ def normalise(frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C heigh
 
 
 class SiglipVisionTower(nnx.Module):
-    """Frames to patch features."""
+    """Patch embedding, position embedding and transformer blocks: frames to patch features."""
 
     def __init__(self, config: VisionConfig) -> None:
         self.config = config
@@ -25,13 +25,14 @@ class SiglipVisionTower(nnx.Module):
         self.layers = nnx.List([SiglipLayer(config) for _ in range(config.num_layers)])
 
     def __call__(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C P D"]:
-        """Encodes each frame alone.
+        """Encodes each frame independently.
 
         Args:
-            frames: of ``config.image_size`` pixels a side.
+            frames: RGB values of ``config.image_size`` pixels a side.
 
         Returns:
-            The state after the last block that is run, in raster order, in the weights' dtype.
+            The patch states after the last block that is run, in raster order, in the dtype of the
+            weights.
         """
         pixels = normalise(frames).astype(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(pixels) + self.position_embedding.weight[...]
@@ -50,7 +51,7 @@ class PatchEmbedding(nnx.Module):
         self.bias = parameter(config.hidden_size)
 
     def __call__(self, pixels: Float[Array, "C height width 3"]) -> Float[Array, "C P D"]:
-        """Cuts off what does not fill a patch (384 = 27 * 14 + 6)."""
+        """The embedding of each whole patch; a remainder is cut off (384 = 27 * 14 + 6)."""
         grid, patch = self.grid, self.patch
         cut = pixels[:, : grid * patch, : grid * patch]
         patches = cut.reshape(-1, grid, patch, grid, patch, 3)
@@ -59,14 +60,14 @@ class PatchEmbedding(nnx.Module):
 
 
 class PositionEmbedding(nnx.Module):
-    """A learned vector for each patch."""
+    """A learned vector for each patch of a frame."""
 
     def __init__(self, config: VisionConfig) -> None:
         self.weight = parameter(config.grid**2, config.hidden_size)
 
 
 class SiglipLayer(nnx.Module):
-    """A pre-norm transformer block that attends in both directions."""
+    """A pre-norm transformer block with bidirectional attention."""
 
     def __init__(self, config: VisionConfig) -> None:
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -75,7 +76,7 @@ class SiglipLayer(nnx.Module):
         self.mlp = SiglipMLP(config)
 
     def __call__(self, x: Float[Array, "C P D"]) -> Float[Array, "C P D"]:
-        """One block."""
+        """Computes x + attention(norm(x)), then x + mlp(norm(x)) of that."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -92,7 +93,7 @@ class SiglipAttention(nnx.Module):
         self.out_proj = Linear(width, width, bias=True)
 
     def __call__(self, x: Float[Array, "C P D"]) -> Float[Array, "C P D"]:
-        """Every patch attends to every patch of its frame."""
+        """Self-attention in which every patch attends to every patch of its frame."""
 
         def heads(y: Float[Array, "C P D"]) -> Float[Array, "C H P E"]:
             return y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2)
@@ -103,12 +104,12 @@ class SiglipAttention(nnx.Module):
 
 
 class SiglipMLP(nnx.Module):
-    """Two layers with the tanh form of GELU."""
+    """A two-layer MLP with the tanh approximation of GELU."""
 
     def __init__(self, config: VisionConfig) -> None:
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def __call__(self, x: Float[Array, "C P D"]) -> Float[Array, "C P D"]:
-        """Widens, activates, narrows."""
+        """Computes fc2(gelu(fc1(x)))."""
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))

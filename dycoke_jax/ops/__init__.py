@@ -1,1 +1,1 @@
-"""Array operations that the models share."""
+"""Array operations that the models share: attention, rotary embedding, pooling."""

@@ -1,4 +1,4 @@
-"""Attention for prefill and vision (many queries) and for decoding (one query a row)."""
+"""Attention of many queries (vision, prefill) and of one query a row (decoding)."""
 
 from functools import partial
 
@@ -10,13 +10,13 @@ _MASKED = -1e30  # finite, so that a row without any key gives zeros and not NaN
 
 QUERY_BLOCK = 256
 MAX_STAGES = 16
-"""Query blocks are grouped into so many stages at most, each compiled once."""
+"""At most this many groups of query blocks; each is compiled once."""
 
 
 def attention(
     q: Float[Array, "B H T E"],
-    k: Float[Array, "B J T E"],
-    v: Float[Array, "B J T E"],
+    k: Float[Array, "B K T E"],
+    v: Float[Array, "B K T E"],
     valid: Bool[Array, "B T"] | None = None,
     *,
     causal: bool,
@@ -24,19 +24,23 @@ def attention(
 ) -> Float[Array, "B H T E"]:
     """Softmax attention of T queries over T keys, in memory linear in T.
 
-    Queries are taken block by block, one after another, so no T x T matrix exists. A causal stage
-    of blocks reads only the keys up to its own end: up to 4,096 tokens a stage is a single block,
-    and nothing above the diagonal is computed; in longer prompts at most one stage's width of it.
-    Softmax is in float32.
+    Blocks of queries are computed one after another, so that no T x T matrix exists. With causal
+    attention a stage of blocks reads only the keys up to its own end. Up to 4,096 tokens a stage is
+    a single block, and nothing above the diagonal is computed; in longer prompts at most the width
+    of one stage above the diagonal is. Softmax is in float32.
 
     Args:
-        q: queries; head h reads key/value head ``h // (H // J)``.
-        k: keys.
-        v: values.
-        valid: which keys may be attended to (all, if None). A query without any gives zeros.
-        causal: whether query t sees keys 0..t only.
-        parts: keeps independent continuations of one beginning apart. Keys of part 0 are seen by
-            all queries, those of another part by its own queries only. None: all are part 0.
+        q: queries, of any float dtype; query head h reads key/value head ``h // (H // K)``.
+        k: keys, of the dtype of ``q``.
+        v: values, of the dtype of ``q``.
+        valid: keys that may be attended to; None: all. A query without such a key gives zeros.
+        causal: whether query t attends to keys 0..t only.
+        parts: part of each slot, for independent continuations of one beginning. Keys of part 0 are
+            visible to all queries, those of another part to queries of the same part only. None:
+            all slots are part 0.
+
+    Returns:
+        The attended values, in the dtype of ``v``.
     """
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
@@ -71,36 +75,36 @@ def attention(
 
 
 def _attend_block(
-    queries: Float[Array, "B J groups Q E"],
+    queries: Float[Array, "B K G Q E"],
     start: Int[Array, ""] | int,
     *,
-    k: Float[Array, "B J K E"],
-    v: Float[Array, "B J K E"],
-    valid: Bool[Array, "B K"] | None,
-    parts: Int[Array, "B K"] | None,
+    k: Float[Array, "B K S E"],
+    v: Float[Array, "B K S E"],
+    valid: Bool[Array, "B S"] | None,
+    parts: Int[Array, "B S"] | None,
     causal: bool,
-) -> Float[Array, "B J groups Q E"]:
-    """Attention of consecutive queries, the first of which is number ``start``."""
+) -> Float[Array, "B K G Q E"]:
+    """Attention of a block of consecutive queries, the first of which is number ``start``."""
     batch, kv_heads, groups, block, width = queries.shape
     # The query heads of one key/value head become rows of one matrix product.
     scores = jnp.einsum(
-        "BJQE,BJKE->BJQK",
+        "BKQE,BKSE->BKQS",
         queries.reshape(batch, kv_heads, groups * block, width),
         k,
         precision="highest",
         preferred_element_type=jnp.float32,
     ).reshape(batch, kv_heads, groups, block, -1)
-    seen = jnp.ones(k.shape[2], bool) if valid is None else valid[:, None, None, None, :]
+    visible = jnp.ones(k.shape[2], bool) if valid is None else valid[:, None, None, None, :]
     if causal:
-        seen = seen & (jnp.arange(k.shape[2]) <= start + jnp.arange(block)[:, None])
+        visible = visible & (jnp.arange(k.shape[2]) <= start + jnp.arange(block)[:, None])
     if parts is not None:
-        # The last block may reach beyond the end; what its surplus queries see does not matter.
+        # The last block may reach beyond the end; its surplus queries are cut off by the caller.
         own = parts[:, jnp.minimum(start + jnp.arange(block), parts.shape[1] - 1)]
         of_own = (parts[:, None, :] == 0) | (parts[:, None, :] == own[:, :, None])
-        seen = seen & of_own[:, None, None]
-    weights = _softmax(scores, seen).astype(v.dtype)
+        visible = visible & of_own[:, None, None]
+    weights = _softmax(scores, visible).astype(v.dtype)
     out = jnp.einsum(
-        "BJQK,BJKE->BJQE",
+        "BKQS,BKSE->BKQE",
         weights.reshape(batch, kv_heads, groups * block, -1),
         v,
         precision="highest",
@@ -110,34 +114,40 @@ def _attend_block(
 
 def decode_attention(
     q: Float[Array, "B H 1 E"],
-    k: Float[Array, "B J S E"],
-    v: Float[Array, "B J S E"],
-    valid: Bool[Array, "B S"],
+    k: Float[Array, "B K S E"],
+    v: Float[Array, "B K S E"],
+    visible: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B H 1 E"], Float[Array, "B H S"]]:
-    """Attention of one query a row over a cache.
+    """Softmax attention of one query a row over the slots of a cache.
+
+    Args:
+        q: the query of each row; query head h reads key/value head ``h // (H // K)``.
+        k: keys of the cache.
+        v: values of the cache.
+        visible: slots that the query may attend to.
 
     Returns:
-        The attended values, and the softmax weights in float32 (which the compiler drops where
-        nobody reads them).
+        The attended values in the dtype of ``v``, and the softmax weights in float32. The compiler
+        drops the weights where nothing reads them.
     """
     batch, heads, _, width = q.shape
     grouped = (q * width**-0.5).reshape(batch, k.shape[1], -1, width)
     scores = jnp.einsum(
-        "BJGE,BJSE->BJGS", grouped, k, precision="highest", preferred_element_type=jnp.float32
+        "BKGE,BKSE->BKGS", grouped, k, precision="highest", preferred_element_type=jnp.float32
     )
-    weights = _softmax(scores, valid[:, None, None, :])
-    out = jnp.einsum("BJGS,BJSE->BJGE", weights.astype(v.dtype), v, precision="highest")
+    weights = _softmax(scores, visible[:, None, None, :])
+    out = jnp.einsum("BKGS,BKSE->BKGE", weights.astype(v.dtype), v, precision="highest")
     return out.reshape(batch, heads, 1, width), weights.reshape(batch, heads, -1)
 
 
 def append(
-    cache: Float[Array, "B J S E"], new: Float[Array, "B J 1 E"], slot: Int[Array, ""]
-) -> Float[Array, "B J S E"]:
-    """Writes one token of every row at the same slot: one in-place slice update, no scatter."""
+    cache: Float[Array, "B K S E"], new: Float[Array, "B K 1 E"], slot: Int[Array, ""]
+) -> Float[Array, "B K S E"]:
+    """Writes one token of every row at the same slot: one slice update in place, no scatter."""
     return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), slot, axis=2)
 
 
-def _softmax(scores: Float[Array, "..."], seen: Bool[Array, "..."]) -> Float[Array, "..."]:
-    scores = jnp.where(seen, scores, _MASKED)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * seen
+def _softmax(scores: Float[Array, "..."], visible: Bool[Array, "..."]) -> Float[Array, "..."]:
+    scores = jnp.where(visible, scores, _MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * visible
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)

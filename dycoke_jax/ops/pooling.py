@@ -8,14 +8,17 @@ from dycoke_jax.config import PoolMode
 
 
 def pool(x: Float[Array, "C P D"], mode: PoolMode, stride: int) -> Float[Array, "C N D"]:
-    """Pools the square token grid of each frame.
+    """Pools the square grid of tokens of each frame.
 
     Args:
-        x: tokens of C frames in raster order; P is a square.
+        x: tokens of C frames in raster order, of any float dtype; P is a square number.
         mode: ``bilinear`` interpolates to ceil(side / stride) without antialiasing (torch's
             align_corners=False); ``average`` and ``max`` pool windows of stride x stride and drop
             what does not fill a window.
-        stride: at least 1.
+        stride: ratio of the side lengths before and after, at least 1.
+
+    Returns:
+        The pooled tokens in raster order, in the dtype of ``x``.
     """
     side = int(x.shape[1] ** 0.5)
     if mode == "bilinear":
@@ -36,7 +39,7 @@ def pool(x: Float[Array, "C P D"], mode: PoolMode, stride: int) -> Float[Array, 
 
 
 def _bilinear_weights(size: int, new_size: int) -> Float[Array, "new old"]:
-    """Each output row's weights over the input rows, half-pixel centres, edges clamped."""
+    """Weights of each output row over the input rows, with half-pixel centres and clamped edges."""
     centres = np.clip((np.arange(new_size) + 0.5) * size / new_size - 0.5, 0, size - 1)
     weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(size)))
     return jnp.asarray(weights, jnp.float32)

@@ -168,7 +168,7 @@ def _visual(
     kept = None
     if dropping is not None:
         # Which tokens stay is a choice and has no gradient.
-        kept = DyCoke(k=dropping.k).merge(jax.lax.stop_gradient(features))
+        kept = DyCoke(k=dropping.k).select(jax.lax.stop_gradient(features))
         if dropping.at_random and kept is not None:
             assert key is not None
             places = jax.random.uniform(key, (rows, frames * features.shape[2]))
