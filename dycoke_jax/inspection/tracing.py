@@ -87,7 +87,8 @@ def trace_answer(
             return
         seen = kept
         if state.pruned is not None:
-            visual, chosen = jax.device_get((state.pruned.is_visual[0], state.pruned.chosen_slots()[0]))
+            slots = state.pruned.is_visual[0], state.pruned.chosen_slots()[0]
+            visual, chosen = jax.device_get(slots)
             seen = np.zeros(shape, bool)
             # The visual slots that hold no newline hold the kept tokens in their order.
             seen.reshape(-1)[order] = chosen[visual]
