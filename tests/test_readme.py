@@ -1,4 +1,4 @@
-"""The README's figures are those of the stored evaluation, and that is of the model that ships."""
+"""The documented figures are those of the stored evaluation, which is of the model that ships."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from dycoke_jax.evaluation.settings import HEADLINES
 from dycoke_jax.tasks.questions import KINDS
 
 ROOT = Path(__file__).parent.parent
+ACCURACY = ROOT / "docs" / "accuracy.md"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_evaluation_is_of_the_model_that_ships(stored):
 
 
 def test_table_holds_the_stored_figures(stored):
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = ACCURACY.read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
     table = {row[0].strip("*"): row[1:] for row in rows}
     for column, name in enumerate(HEADLINES, start=1):
@@ -44,4 +45,24 @@ def test_table_holds_the_stored_figures(stored):
 
 def test_text_names_the_number_of_questions(stored):
     asked = stored["settings"]["full"]["all"]["asked"]
-    assert re.search(rf"{asked:,} questions", (ROOT / "README.md").read_text())
+    assert re.search(rf"{asked:,} questions", ACCURACY.read_text())
+
+
+def test_readme_has_the_stored_headline_figures(stored):
+    text = " ".join((ROOT / "README.md").read_text().split())
+    percent = {
+        name: f"{100 * stored['settings'][name]['all']['accuracy']:.1f} %" for name in HEADLINES
+    }
+    full, dycoke, random, _ = HEADLINES
+    assert f"{percent[full]} of the answers without compression" in text
+    assert f"{percent[dycoke]} with DyCoke" in text
+    assert f"at random leaves {percent[random]}" in text
+    assert f"{stored['settings'][full]['all']['asked']:,} questions" in text
+
+
+def test_readme_is_short_and_its_links_exist():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert links
+    assert all((ROOT / link).exists() for link in links)
