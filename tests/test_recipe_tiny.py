@@ -1,4 +1,4 @@
-"""The recipe of the tiny model: probe targets, auxiliary losses, and what each stage trains."""
+"""The recipe of the tiny model: probe targets, auxiliary losses, and the stages."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def test_fitting_finds_the_lowest_loss():
 
 
 def test_probe_targets_follow_a_thing():
-    """By hand: a ring goes right, then down onto a cross; a circle shows up for one frame."""
+    """Worked out by hand: a ring moves right, then down onto a cross; a circle is brief."""
     ring = [Cell(0, 0), Cell(0, 0.5), Cell(0, 1), Cell(0.5, 1), Cell(1, 1), Cell(1, 1)]
     things = (
         Thing("cross", "blue", 0, (Cell(1, 1),) * 8, ()),
@@ -66,11 +66,11 @@ def test_probe_targets_follow_a_thing():
     blue, red, white = 3, 1, 8
     cross, ring_, circle = 4, 6, 1
     right, down = 2, 4
-    # row, column, colour, shape, first way, second way, order, met, gone
+    # row, column, colour, shape, first direction, second direction, order, met, gone
     assert targets[0, 1, 1].tolist() == [2, 2, blue, cross, 0, 0, 1, 0, 0]
     assert targets[0, 0, 0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert targets[1, 0, 0].tolist() == [1, 1, red, ring_, 0, 0, 2, 0, 0]
-    # Half-way between two cells it lies on both.
+    # Half-way between two cells, the ring covers both.
     assert targets[2, 0, 0].tolist() == [1, 1, red, ring_, right, 0, 2, 0, 0]
     assert targets[2, 0, 1].tolist() == [1, 2, red, ring_, right, 0, 2, 0, 0]
     assert targets[3, 3, 3].tolist() == [4, 4, white, circle, 0, 0, 3, 0, 0]
@@ -80,8 +80,8 @@ def test_probe_targets_follow_a_thing():
     assert targets[7, 1, 1].tolist() == [2, 2, blue, cross, 0, 0, 1, 0, 0]
 
 
-def test_probes_weigh_as_much_as_they_tell():
-    """By hand: an empty place, a thing at rest, a moved one, and where one was briefly."""
+def test_probe_loss_weights():
+    """Worked out by hand: an empty cell, a still thing, a moved thing, and a cell left empty."""
     targets = np.zeros((1, 4, 9), np.int32)
     targets[0, :, :2] = 1
     targets[0, 1, 2:7] = [2, 3, 0, 0, 1]
@@ -102,8 +102,8 @@ def test_probes_weigh_as_much_as_they_tell():
 
 
 @pytest.mark.parametrize("dropping", [None, TokenDropping(0.7), TokenDropping(0.7, at_random=True)])
-def test_probes_are_trained_beside_the_answers(tokenizer, dropping):
-    """From the states of the layer that pre-training taught, of the tokens that are there."""
+def test_probe_loss_trains_probes_and_lower_layers_only(tokenizer, dropping):
+    """It reads the states after the pre-trained layers, and leaves the answers' loss unchanged."""
     shape = probes_shape(TINY)
     probes = jnp.asarray(np.random.default_rng(0).standard_normal(shape.shape), jnp.float32)
     params = {**random_params(TINY), PROBES: probes}
@@ -129,14 +129,14 @@ def test_probes_are_trained_beside_the_answers(tokenizer, dropping):
 
 
 def packed(tokenizer):
-    """A clip of the task with its questions, and weights that do not look at everything alike."""
+    """Weights large enough for uneven attention, and a clip of the task with its questions."""
     example = task_example("train", 0, SceneSettings(), 64)
     params = {path: 5 * x if x.ndim == 2 else x for path, x in random_params(TINY).items()}
     return params, pack(tokenizer, [example, example], 300)
 
 
-def test_attention_of_questions_is_that_of_the_layer(tokenizer):
-    """Row for row the weights that a decoding step would give, in the mean of the heads."""
+def test_visual_attention_equals_that_of_decode_steps(tokenizer):
+    """Each query has the weights of a decode step on the same cache, averaged over heads."""
     params, _ = packed(tokenizer)
     layer = bind(TINY, params).language_model.layers[1]
     random = np.random.default_rng(0)
@@ -157,8 +157,8 @@ def test_attention_of_questions_is_that_of_the_layer(tokenizer):
         np.testing.assert_allclose(got[:, query - visual.stop], wanted, atol=1e-6)
 
 
-def test_distillation_is_best_where_both_attend_to_the_same():
-    """Whatever the text and newlines get; and what is not counted does not count."""
+def test_distillation_loss_is_lower_where_student_and_teachers_agree():
+    """Attention to text and newlines, and queries that do not count, do not change it."""
     random = np.random.default_rng(0)
     late = jnp.asarray(random.random((2, 1, 3, 6)) ** 4, jnp.float32)
     is_visual = jnp.asarray([[True, True, False, True, True, True]])
@@ -175,8 +175,8 @@ def test_distillation_is_best_where_both_attend_to_the_same():
     assert not slope.any(), "the layers that read are not to learn to look where the other looks"
 
 
-def test_distillation_trains_the_layer_that_chooses(tokenizer):
-    """Its gradient goes to the layers up to that one, and a few steps lower it."""
+def test_distillation_trains_the_scoring_layer(tokenizer):
+    """No gradient reaches later layers, and ten gradient steps lower the loss."""
     params, batch = packed(tokenizer)
     auxiliary = (AttentionDistillation(3),)
 
@@ -196,7 +196,7 @@ def test_distillation_trains_the_layer_that_chooses(tokenizer):
     assert float(loss) < float(first) - 0.07
 
 
-def test_stages_may_take_turns():
+def test_a_stage_may_alternate_with_another():
     tokenizer = tiny_tokenizer()
     pictures = Stage(0, SceneSettings(1, 1, 1), BatchShape(3, 1, 200), short=True)
     clips = Stage(4, SceneSettings(6, 1, 1), BatchShape(1, 2, 600), short=True, other=pictures)
@@ -205,14 +205,14 @@ def test_stages_may_take_turns():
     assert shapes == [(2, 1, 6), (1, 3, 1), (2, 1, 6), (1, 3, 1), (2, 1, 6)]
 
 
-def test_alignment_names_what_it_cannot_teach():
+def test_alignment_refuses_a_tokenizer_that_splits_names():
     params, tokenizer = {}, tiny_tokenizer()
     with pytest.raises(DycokeError, match="single token for"):
         align(TINY, params, tokenizer, steps=1)
 
 
 @pytest.mark.slow
-def test_pre_training_leaves_the_upper_layers_alone(tokenizer):
+def test_pre_training_leaves_later_layers_unchanged(tokenizer):
     params = random_params(TINY)
     aligned = align(TINY, params, tokenizer, steps=2)
     probed = train_probes(TINY, aligned, steps=2)

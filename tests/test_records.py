@@ -1,4 +1,4 @@
-"""Training on clips and questions of one's own."""
+"""Training on the user's records: reading, grouping into rows, and the train command."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_records_are_read_relative_to_their_file(clips):
         ((record("none.mp4"),), "none.mp4"),
     ],
 )
-def test_faulty_files_are_refused_before_anything_is_trained(clips, lines, message):
+def test_faulty_files_are_refused(clips, lines, message):
     with pytest.raises(DycokeError, match=message):
         read_records(write(clips, *lines))
 
@@ -83,7 +83,7 @@ def test_every_record_is_in_a_row_of_its_clip(clips, tokenizer):
     assert len(made.rows) < len(made.records)
 
 
-def test_an_epoch_sees_every_row_once_and_the_next_in_another_order(clips, tokenizer):
+def test_each_epoch_has_every_row_once_in_a_new_order(clips, tokenizer):
     made = source(clips, tokenizer)
     count = len(made.rows)
     epochs = [[id(made._row(e * count + i)) for i in range(count)] for e in (0, 1)]
@@ -91,14 +91,14 @@ def test_an_epoch_sees_every_row_once_and_the_next_in_another_order(clips, token
     assert epochs[0] != epochs[1]
 
 
-def test_a_record_that_fits_no_row_is_named(clips, tokenizer):
+def test_a_record_that_does_not_fit_a_row_is_refused(clips, tokenizer):
     with pytest.raises(DycokeError, match=r"[ab].mp4 take \d+ tokens; width is 40"):
         _ = source(clips, tokenizer, width=40).rows
 
 
 @pytest.mark.slow
-def test_the_command_fine_tunes_a_checkpoint_that_can_be_asked(clips, tmp_path):
-    """Interrupted runs are not tested here; a finished one is started again and does nothing."""
+def test_train_command_writes_a_model_that_generates(clips, tmp_path):
+    """The finished run is started a second time, which changes nothing."""
     runner = CliRunner()
     model, run = tmp_path / "model", tmp_path / "run"
     assert runner.invoke(app, ["init", str(model)]).exit_code == 0
@@ -120,7 +120,7 @@ def test_the_command_fine_tunes_a_checkpoint_that_can_be_asked(clips, tmp_path):
     shutil.rmtree(run)
 
 
-def test_clips_of_a_step_need_equally_many_frames(tmp_path, tokenizer):
+def test_clips_of_a_step_must_have_equally_many_frames(tmp_path, tokenizer):
     for name, frames in (("long", 6), ("short", 2)):
         write_clip(tmp_path / f"{name}.mp4", frames)
     records = tuple(Record(tmp_path / f"{name}.mp4", "?", "yes") for name in ("long", "short"))

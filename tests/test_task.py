@@ -1,4 +1,4 @@
-"""The built-in task: reproducible, splits apart, answers true of the pictures and balanced."""
+"""The built-in task: reproducible clips, disjoint splits, true and balanced answers."""
 
 from collections import Counter
 
@@ -29,7 +29,7 @@ SPLITS = ("train", "test")
 
 
 def test_scenes_keep_their_rules():
-    """Shapes, colours and appearances differ, nothing leaves the grid, only meetings overlap."""
+    """Things differ in shape, colour and first frame, stay on the grid, overlap only to meet."""
     for clip in CLIPS[:300]:
         things = clip.scene.things
         for values in zip(*((t.shape, t.colour, t.appears) for t in things), strict=True):
@@ -51,7 +51,7 @@ def test_scenes_keep_their_rules():
 
 
 def test_answers_are_true_of_the_scene():
-    """Answers worked out again from where things are, not from how the scene was drawn."""
+    """Answers are computed again from the cells of things, not from the scene's description."""
     for clip in CLIPS[:300]:
         things, scene = clip.scene.things, clip.scene
         for question in clip.questions:
@@ -107,8 +107,8 @@ def sentence(thing) -> str:
     return f"The {thing.colour} {thing.shape} {does}."
 
 
-def test_every_kind_is_asked_and_hard_to_guess():
-    """The best blind guess is at most a little above one in the number of choices."""
+def test_every_kind_occurs_and_is_hard_to_guess():
+    """The best guess without the video scores little more than one in the number of choices."""
     questions = [question for clip in CLIPS for question in clip.questions]
     counts = Counter(question.kind for question in questions)
     assert set(counts) == set(KINDS)
@@ -118,8 +118,8 @@ def test_every_kind_is_asked_and_hard_to_guess():
         assert score < most.get(kind, 0.16), kind
 
 
-def test_blind_score_sees_through_the_order_of_names():
-    """A guesser of the first-named candidate is a blind guesser too."""
+def test_blind_score_considers_the_order_of_names():
+    """One way to guess without the video is to name the first candidate of the question."""
     asked = [
         Question("first", "Which came first, red or blue?", "red"),
         Question("first", "Which came first, blue or red?", "blue"),
@@ -143,7 +143,7 @@ def test_pictures_show_the_things_where_they_are():
 
 
 def test_most_of_a_clip_repeats():
-    """What merging lives on: few cells change much from a frame to the next."""
+    """Temporal token merging relies on it: few cells change much from one frame to the next."""
     changes = []
     for clip in CLIPS[:50]:
         frames = draw(clip.scene).astype(float).mean(-1)

@@ -1,4 +1,4 @@
-"""Training: the loss that it lowers, packing, freezing, accumulation, and resuming."""
+"""Training: packing, the loss, accumulation, freezing, schedules and exact resumption."""
 
 import json
 from dataclasses import replace
@@ -29,8 +29,8 @@ def example(seed=0, questions=QUESTIONS, answers=ANSWERS, frames=5):
 
 
 @pytest.mark.parametrize("newline", ["one_token", "grid"])
-def test_questions_that_share_a_row_do_not_see_each_other(newline):
-    """Loss and verdict of a packed row are those of its questions asked one by one."""
+def test_questions_that_share_a_row_do_not_attend_to_each_other(newline):
+    """A packed row has the same loss and right answers as its questions in rows of their own."""
     model = tiny_model(newline=newline)
     together = score_answers(
         model.config, model.params, pack(TOKENIZER, [example(), example(1)], 200)
@@ -53,8 +53,8 @@ def test_questions_that_share_a_row_do_not_see_each_other(newline):
 
 
 @pytest.mark.parametrize("k", [None, 0.7])
-def test_a_right_answer_is_what_generation_says(k):
-    """What the model generates greedily counts as right, and anything else as wrong."""
+def test_an_answer_is_right_if_greedy_decoding_generates_it(k):
+    """The answer from greedy decoding is right; with another last token it is wrong."""
     model = tiny_model()
     clip = video(3, 5)
     compression = None if k is None else DyCoke(k=k, p=0.0)
@@ -75,7 +75,7 @@ def test_a_right_answer_is_what_generation_says(k):
     assert not bool(score_answers(model.config, model.params, wrong, dropping=dropping).right[0, 0])
 
 
-def test_dropping_at_random_keeps_as_many_tokens_and_needs_its_key():
+def test_random_dropping_depends_on_its_key_alone():
     model = tiny_model(layers=1)
     batch = pack(TOKENIZER, [example()], 200)
     losses = [
@@ -98,7 +98,7 @@ def stacked(*batches):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    """Also where the halves hold different numbers of answer tokens."""
+    """The two halves of the batch hold different numbers of answer tokens."""
     model = tiny_model(layers=1)
     settings = Optimisation(steps=4, learning_rate=1e-3, warm_up=0)
     examples = [example(0), example(1, QUESTIONS[:1], ANSWERS[:1])]
@@ -111,8 +111,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert int(parts.step) == int(whole.step) == 1
 
 
-def test_learning_rate_takes_a_second_cycle():
-    """Up to its beginning, nothing depends on it."""
+def test_learning_rate_has_a_second_cycle():
+    """Before its first step, the learning rate is the same as without it."""
     cycles = (Cycle(20, 4e-3),)
     twice = Optimisation(30, learning_rate=1e-2, warm_up=5, cycles=cycles)
     rates = [float(schedule(twice)(step)) for step in range(30)]
@@ -123,7 +123,7 @@ def test_learning_rate_takes_a_second_cycle():
     assert rates[25:] == sorted(rates[25:], reverse=True)
 
 
-def test_rematerialisation_changes_nothing_but_memory():
+def test_rematerialisation_leaves_the_gradient_as_it_is():
     model = tiny_model(layers=1)
     batch = stacked(pack(TOKENIZER, [example()], 200))
     plain = Optimisation(steps=4, learning_rate=1e-3, warm_up=0)
@@ -174,7 +174,7 @@ def test_frozen_layers_stay_as_they_are_and_have_no_moments():
 
 
 class TwoTasks:
-    """Still pictures for six steps, then clips, of which some steps drop tokens."""
+    """Six steps on still pictures, then steps on clips, some of which drop visual tokens."""
 
     pictures = TaskSource(TOKENIZER, 98, SceneSettings(1, 1, 1), BatchShape(4, 1, 200))
     clips = TaskSource(
@@ -219,11 +219,11 @@ def run(folder, source=None):
 
 
 class Killed(BaseException):
-    """Stands for a killed process: nothing in the package catches it."""
+    """Simulates a killed process: no code in the package catches it."""
 
 
 class Cut(TwoTasks):
-    """Dies when the data of the tenth step is asked for."""
+    """Raises ``Killed`` instead of giving the data of the tenth step."""
 
     def step(self, number):
         if number == 9:
@@ -233,7 +233,7 @@ class Cut(TwoTasks):
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
-    """Killed at step 9, gone on from the checkpoint of step 8; the log holds each step once."""
+    """A run killed after nine steps resumes after step 8; its log has each step once."""
     straight = run(tmp_path / "straight")
     with pytest.raises(Killed):
         run(tmp_path / "cut", Cut())
@@ -251,7 +251,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_loss_falls_from_scratch(tmp_path):
-    """From chance over 320 ids (5.8 nats) to below 2.5 nats in eighty steps on still pictures."""
+    """From chance over 320 token ids (5.8 nats) to below 2.5 nats in 80 steps on pictures."""
     settings = Optimisation(steps=80, learning_rate=1e-2, warm_up=5)
     params = {k: v / 10 if v.ndim > 1 else v for k, v in initial().items()}
     small = new_run(tmp_path / "run", TwoTasks.pictures, settings)
@@ -272,7 +272,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
-def test_what_cannot_be_packed_is_refused_or_left_out_as_said():
+def test_questions_that_do_not_fit_a_row_are_refused_or_left_out():
     with pytest.raises(DycokeError, match="tokens, and 20 are allowed"):
         pack(TOKENIZER, [example()], 20)
     first = token_count(TOKENIZER, QUESTIONS[0], ANSWERS[0])

@@ -13,9 +13,9 @@ from dycoke_jax.config import PoolMode
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
 
-Merged = Annotated[float, typer.Option(help="DyCoke: share of redundant tokens to merge.")]
-Pruned = Annotated[float, typer.Option(help="DyCoke: share of visual KV to prune.")]
-PrunedFrom = Annotated[int, typer.Option(help="DyCoke: first layer that is pruned.")]
+Merged = Annotated[float, typer.Option(help="DyCoke: share of a compared frame's tokens to drop.")]
+Pruned = Annotated[float, typer.Option(help="DyCoke: share of kept visual tokens to prune.")]
+PrunedFrom = Annotated[int, typer.Option(help="DyCoke: first pruned layer, from 1.")]
 
 
 @app.command(
@@ -26,8 +26,10 @@ def generate(
     model: Annotated[str, typer.Option(help="Folder or hub id of the checkpoint.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
     video: Annotated[Path | None, typer.Option(help="The clip; none asks the text alone.")] = None,
-    frames: Annotated[int, typer.Option(help="Frames to look at, at most.")] = 32,
-    fps: Annotated[float | None, typer.Option(help="Frames a second to look at.")] = None,
+    frames: Annotated[int, typer.Option(help="Number of frames to use.")] = 32,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second to use, at most `frames`.")
+    ] = None,
     k: Merged = 0.7,
     p: Pruned = 0.7,
     layer: PrunedFrom = 3,
@@ -43,11 +45,15 @@ def generate(
         typer.Option(help="DyCoke: where pruned KV waits; drop frees it, and it cannot return."),
     ] = "device",
     no_dycoke: Annotated[bool, typer.Option("--no-dycoke", help="Run the plain model.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw among so many tokens; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Length of the longest answer in tokens.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 for greedy decoding.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     system: Annotated[
         str | None, typer.Option(help="System turn; an empty text leaves it out.")
     ] = None,
@@ -144,7 +150,7 @@ def demo(
             "made-up clips and knowing nothing else."
         ),
     ] = None,
-    frames: Annotated[int, typer.Option(help="Frames to look at, at most.")] = 16,
+    frames: Annotated[int, typer.Option(help="Number of frames to use.")] = 16,
     k: Merged = 0.7,
     p: Pruned = 0.7,
     layer: PrunedFrom = 3,

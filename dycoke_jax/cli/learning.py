@@ -18,7 +18,7 @@ from dycoke_jax.files import check_writable
 )
 def train(
     folder: Annotated[
-        Path, typer.Argument(help="Of the run; one that was cut off goes on where it was.")
+        Path, typer.Argument(help="Folder of the run; a run that was cut off there goes on.")
     ],
     model: Annotated[str, typer.Option(help="Checkpoint to start from: folder or hub id.")],
     data: Annotated[
@@ -31,40 +31,54 @@ def train(
     test_data: Annotated[
         Path | None, typer.Option(help="Records of the same form, to evaluate on in between.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Changes of the weights.")] = 1000,
-    rows: Annotated[int, typer.Option(help="Clips in memory at a time.")] = 1,
-    accumulate: Annotated[int, typer.Option(help="Times `rows` clips a step.")] = 8,
+    steps: Annotated[int, typer.Option(help="Number of training steps.")] = 1000,
+    rows: Annotated[int, typer.Option(help="Clips whose gradient is computed at a time.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Gradients that are summed in a step.")] = 8,
     width: Annotated[
-        int, typer.Option(help="Tokens of questions and answers of a clip at a time.")
+        int, typer.Option(help="Slots of a row for questions and answers, in tokens.")
     ] = 256,
-    frames: Annotated[int, typer.Option(help="Of a clip.")] = 16,
-    fps: Annotated[float | None, typer.Option(help="Frames a second, `frames` at most.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-5,
-    language: Annotated[float, typer.Option(help="Relative rate; 0 freezes.")] = 1.0,
-    projector: Annotated[float, typer.Option(help="Relative rate; 0 freezes.")] = 1.0,
-    tower: Annotated[float, typer.Option(help="Relative rate; 0 freezes.")] = 0.2,
+    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second to use, at most `frames`.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate, above 0.")] = 1e-5,
+    language: Annotated[
+        float, typer.Option(help="Relative learning rate of the language model; 0 freezes it.")
+    ] = 1.0,
+    projector: Annotated[
+        float, typer.Option(help="Relative learning rate of the projector; 0 freezes it.")
+    ] = 1.0,
+    tower: Annotated[
+        float, typer.Option(help="Relative learning rate of the vision tower; 0 freezes it.")
+    ] = 0.2,
     frozen_layers: Annotated[
         int,
-        typer.Option(help="Layers of the language model, from the first, to leave as they are."),
+        typer.Option(help="Number of layers of the language model, from the first, to freeze."),
     ] = 0,
-    warm_up: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 30,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.01,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    warm_up: Annotated[int, typer.Option(help="Steps of linear learning-rate warm-up.")] = 30,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW weight decay, on matrices only.")
+    ] = 0.01,
+    clip: Annotated[float, typer.Option(help="Largest global norm of the gradient.")] = 1.0,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")
+        Literal["float32", "bfloat16"], typer.Option(help="Dtype of the computation.")
     ] = "bfloat16",
-    rematerialise: Annotated[bool, typer.Option(help="Store less, compute layers twice.")] = True,
+    rematerialise: Annotated[
+        bool, typer.Option(help="Compute layers again for the gradient.")
+    ] = True,
     merged: Annotated[
-        float, typer.Option(help="Share of the steps with temporal token merging.")
+        float, typer.Option(help="Share of the steps that merge visual tokens (stage 1).")
     ] = 0.0,
     random: Annotated[
-        float, typer.Option(help="Share of the steps that drop as many tokens at random.")
+        float, typer.Option(help="Share of the steps that drop visual tokens at random.")
     ] = 0.0,
-    k: Annotated[float, typer.Option(help="Share of redundant tokens to merge there.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="Of the data's order and random dropping.")] = 0,
-    log_every: Annotated[int, typer.Option(help="Steps.")] = 10,
-    evaluate_every: Annotated[int, typer.Option(help="Steps.")] = 200,
-    save_every: Annotated[int, typer.Option(help="Steps.")] = 100,
+    k: Annotated[
+        float, typer.Option(help="Share of tokens that such steps drop, in [0, 1).")
+    ] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the data's order and of dropping.")] = 0,
+    log_every: Annotated[int, typer.Option(help="Steps between two log entries.")] = 10,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 200,
+    save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 100,
 ) -> None:
     """Fine-tune a model on clips with questions and answers."""
     from dycoke_jax.inputs import FrameSampling
@@ -107,12 +121,12 @@ def train(
 )
 def make_tiny(
     folder: Annotated[
-        Path, typer.Argument(help="Of the run; one that was cut off goes on where it was.")
+        Path, typer.Argument(help="Folder of the run; a run that was cut off there goes on.")
     ],
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    log_every: Annotated[int, typer.Option(help="Steps.")] = 10,
-    evaluate_every: Annotated[int, typer.Option(help="Steps.")] = 100,
-    save_every: Annotated[int, typer.Option(help="Steps.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of weights, clips and dropping.")] = 0,
+    log_every: Annotated[int, typer.Option(help="Steps between two log entries.")] = 10,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 50,
 ) -> None:
     """Make the package's own tiny model anew, from random weights."""
     from dycoke_jax.recipes.tiny.recipe import train_tiny
@@ -135,12 +149,14 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id. Default: the tiny one that ships.")
     ] = None,
-    clips: Annotated[int, typer.Option(help="Unseen clips, about nine questions each.")] = 1000,
+    clips: Annotated[
+        int, typer.Option(help="Number of unseen clips, of about nine questions each.")
+    ] = 1000,
     settings: Annotated[
         Literal["headlines", "all"],
         typer.Option(help="headlines: plain, DyCoke, random and whole-frame dropping."),
     ] = "headlines",
-    frames: Annotated[int, typer.Option(help="Of a clip.")] = 16,
+    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16,
     through_files: Annotated[
         bool, typer.Option("--through-files", help="Write every clip as H.264 and read that.")
     ] = False,

@@ -1,1 +1,1 @@
-"""How models that ship with the package were made. Nothing else in the package needs these."""
+"""Training recipes of the models that ship with the package; only the command line uses them."""

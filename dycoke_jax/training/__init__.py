@@ -1,6 +1,8 @@
 """Supervised fine-tuning on clips with questions and answers.
 
-``records`` and ``sources`` give the batches of every step (``batches``), ``loss`` scores the
-answers, ``step`` changes the weights once, ``run`` does so for a whole run in a folder, and
-``fine_tuning`` puts it together for the command line.
+``batches`` packs clips, questions and answers into arrays. ``sources`` (the built-in task) and
+``records`` (a JSONL file) give the batch of each step. ``token_dropping`` says which visual tokens
+a step drops, ``loss`` computes the loss and the accuracy of a batch, ``step`` updates the weights
+once, ``run`` executes a whole run in a folder, ``scoring`` evaluates on held-out questions, and
+``fine_tuning`` combines them for the command line.
 """

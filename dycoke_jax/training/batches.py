@@ -1,6 +1,8 @@
-"""Clips with questions and answers as arrays: all questions of a clip in one row, kept apart.
+"""Clips with questions and answers as arrays, with all questions of a clip packed into one row.
 
-A row reads the clip once, and then every question with its answer as if it alone came after it::
+The visual tokens of a row are computed once. Each question with its answer is a part of its own: it
+attends to the prefix, to the visual tokens and to itself, but not to other parts. Its positions go
+on from the visual tokens, as if it were the only question. The language model sees this row::
 
     prefix | visual | question 1, answer 1 | question 2, answer 2 | ... | empty
     part 0   part 0   part 1                 part 2                     part 0, not valid
@@ -20,12 +22,13 @@ from dycoke_jax.inputs.prompts import Conversation, Tokenizer, build_prompt, enc
 
 @dataclass(frozen=True)
 class Example:
-    """A clip, ready for the model, with what is asked of it.
+    """A clip as model input, with its questions and answers.
 
     Attributes:
-        frames: resized to the tower's input.
-        questions: a text or the turns of a conversation each, see ``inputs.prompts``.
-        answers: the right answer to each.
+        frames: uint8 RGB frames, resized to the input size of the vision tower.
+        questions: questions about the clip, at least one. Each is a text, or a conversation as
+            ``inputs.prompts.build_prompt`` takes it.
+        answers: the right answer to each question, not empty.
     """
 
     frames: UInt8[np.ndarray, "F height width 3"]
@@ -34,37 +37,53 @@ class Example:
 
 
 class Batch(NamedTuple):
-    """B examples; axes before B, if any, are steps of gradient accumulation."""
+    """B examples as arrays; integers are int32.
+
+    The axes ``*steps`` are absent, or a single axis of gradient accumulation.
+    """
 
     frames: UInt8[Array, "*steps B F height width 3"]
+    """RGB frames at the input size of the vision tower."""
     prefix: Int[Array, "*steps B prefix"]
+    """Token ids of the text before the visual tokens, padded with 0 at the end."""
     prefix_length: Int[Array, "*steps B"]
+    """Number of valid tokens of each prefix."""
     ids: Int[Array, "*steps B Q"]
-    """Questions and answers, one after the other."""
+    """Token ids of questions and answers, one after the other, padded with 0 at the end."""
     part: Int[Array, "*steps B Q"]
-    """Which question a token belongs to, from 1; 0 where there is no token."""
+    """Number of the question that a token belongs to, from 1; 0 in slots without a token."""
     offset: Int[Array, "*steps B Q"]
-    """Place of a token in its part."""
+    """Index of a token in its part, from 0."""
     is_answer: Bool[Array, "*steps B Q"]
-    """Tokens to be predicted: the answer and the control token that ends it."""
+    """True for the tokens to predict: those of the answer and the control token that ends it."""
 
 
 def token_count(tokenizer: Tokenizer, question: Conversation, answer: str) -> int:
-    """Slots that a question with its answer takes."""
+    """The number of slots that a question with its answer takes in a row.
+
+    Raises:
+        PromptError: if the conversation is malformed or the answer is empty.
+    """
     prompt = build_prompt(tokenizer, question, has_video=True)
     return len(prompt.after) + len(encode_answer(tokenizer, answer))
 
 
 def pack(tokenizer: Tokenizer, examples: Sequence[Example], width: int) -> Batch:
-    """Writes examples as one batch.
+    """Packs examples into one batch without an accumulation axis, one example to a row.
 
     Args:
-        tokenizer: the model's.
-        examples: all with the same number of frames.
-        width: slots for questions and answers (Q); what does not fit into a row is left out.
+        tokenizer: the tokenizer of the model.
+        examples: at least one; all have the same number of frames.
+        width: slots of a row for questions and answers (Q), at least 1. From the first question
+            that does not fit on, the questions of that row are left out.
+
+    Returns:
+        The batch. Its ``prefix`` axis is padded to a multiple of 8.
 
     Raises:
-        RequestError: if not even the first question of an example fits.
+        RequestError: if the first question of an example does not fit, or if the text before the
+            video differs between the questions of one clip.
+        PromptError: if a conversation is malformed or an answer is empty.
     """
     count = len(examples)
     columns = {name: np.zeros((count, width), np.int32) for name in ("ids", "part", "offset")}

@@ -1,4 +1,4 @@
-"""Fine-tunes a checkpoint on records or on the built-in task: what ``dycoke-jax train`` does."""
+"""Fine-tuning of a checkpoint on records or on the built-in task, for ``dycoke-jax train``."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -23,18 +23,19 @@ from dycoke_jax.training.token_dropping import TokenDroppingMix
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What to fine-tune, and on what.
+    """The checkpoint, the data and the settings of a fine-tuning run.
 
     Attributes:
         model: folder or hub id of the checkpoint to start from.
-        data: JSONL file of records; None trains on the built-in task.
-        test_data: JSONL file of records to evaluate on in between. None evaluates on the built-in
-            task's test split if that task is trained on, and nothing otherwise.
-        sampling: frames of a clip.
+        data: JSONL file of training records (see ``records.read_records``). None: the run trains
+            on the built-in task.
+        test_data: JSONL file of held-out records for the evaluations. None: the run evaluates on
+            the test split of the built-in task if it trains on that task, and else not at all.
+        sampling: number of frames of a clip, or frames a second (for clips from files only).
         shape: sizes of a training step.
-        dropping: how often visual tokens are dropped.
-        optimisation: how weights are changed.
-        seed: of the order of the data, and of dropping at random.
+        dropping: shares of the steps that drop visual tokens.
+        optimisation: settings of the optimiser, and the number of steps.
+        seed: seed of the order of the data and of random token dropping, 0 or more.
     """
 
     model: str
@@ -53,16 +54,20 @@ def fine_tune(
     """Fine-tunes a checkpoint.
 
     Args:
-        folder: of the run; a run that was cut off there goes on where it was.
+        folder: folder of the run; it is made if absent. An interrupted run in it is resumed.
         what: the checkpoint, the data and the settings.
         intervals: how often the run logs, evaluates and saves.
-        progress: called after each step.
+        progress: called after each training step.
 
     Returns:
         The folder of the trained model.
 
     Raises:
-        DycokeError: saying what is wrong with model, data, settings or folder.
+        ConfigError: if a setting is out of range, or if the folder holds a run with other settings.
+        CheckpointError: if the checkpoint cannot be read or the folder cannot be written.
+        RequestError: if the records are faulty, or one of them does not fit into a row.
+        PromptError: if a conversation is malformed or an answer is empty.
+        VideoError: if a clip cannot be read.
     """
     checkpoint = open_checkpoint(what.model)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
@@ -79,7 +84,7 @@ def fine_tune(
         source = RecordSource(
             records, tokenizer, size, what.sampling, what.shape, what.dropping, what.seed
         )
-        _ = source.rows  # refuses records that do not fit, before anything is loaded
+        _ = source.rows  # Fails early, before weights are loaded, if a record does not fit.
     if what.test_data is not None:
         batches = []
         for record in read_records(what.test_data):

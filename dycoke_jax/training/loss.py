@@ -1,4 +1,4 @@
-"""Cross entropy of the answers, and which of them are right, for packed batches."""
+"""Cross entropy and accuracy of the answers of a packed batch, and auxiliary losses."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,32 +17,43 @@ from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.token_dropping import TokenDropping
 
 MAX_PARTS = 64
-"""Questions of a row that are told apart in ``Scores``."""
+"""Number of parts of a row that ``Scores.right`` and ``Scores.asked`` cover.
+
+The tokens of further parts count in the loss only.
+"""
 
 
 class Forward(NamedTuple):
-    """What an auxiliary loss may know of the pass over a batch."""
+    """The forward pass over a batch, as an auxiliary loss gets it.
+
+    The T slots of a row are the prefix, the visual slots, and the Q slots of questions and answers.
+    """
 
     model: Llava
-    """With the weights in the dtype of the computation."""
+    """The model, with its weights in the dtype of the computation."""
     params: Params
-    """As they were given, entries included that are not the model's own."""
+    """The weights as they were given to ``score_answers``, those of auxiliary losses included."""
     rope: Rope
+    """Rotations of the T slots, see ``Qwen2.rope``."""
     valid: Bool[Array, "B T"]
+    """Slots that hold a token."""
     parts: Int[Array, "B T"]
-    """See ``ops.attention``; questions and answers begin where the visual slots end."""
+    """Part of each slot, see ``ops.attention``; 0 for the prefix, visual slots and empty slots."""
     visual: Visual
+    """The visual segment: embeddings, and which slots are valid or newlines."""
     visual_slots: slice
+    """Range of the visual slots among the T slots."""
     kept: Int[Array, "B M"] | None
-    """Visual tokens that were kept, as indices into the F * N of a clip; None: all."""
+    """Kept visual tokens as indices into the F * N tokens of a clip. None: all are kept."""
     is_answer: Bool[Array, "B Q"]
+    """Answer tokens, see ``batches.Batch``."""
 
 
 @runtime_checkable
 class AuxiliaryLoss(Protocol):
-    """A loss on the states of some layers, added to that of the answers.
+    """A loss on the states of some decoder layers that is added to the loss of the answers.
 
-    Hashable, because training steps are compiled for it.
+    It is hashable, because ``train_step`` takes it as a static argument.
     """
 
     def __hash__(self) -> int: ...
@@ -50,34 +61,45 @@ class AuxiliaryLoss(Protocol):
     def read(
         self, number: int, layer: Qwen2Layer, x: Float[Array, "B T D"], forward: Forward
     ) -> Any:
-        """What the loss needs to know of the input ``x`` of decoder layer ``number``, or None."""
-
-    def loss(self, reads: Sequence[Any], forward: Forward, targets: Any) -> Float[Array, ""]:
-        """The weighted loss.
+        """Computes what the loss needs from the input of one decoder layer.
 
         Args:
-            reads: what ``read`` returned and was not None, in the order of the layers.
-            forward: the pass over the batch.
-            targets: what the source gives besides the batch (``sources.StepData.targets``).
+            number: index of the layer, from 0.
+            layer: the layer.
+            x: the input of the layer, in the dtype of the computation.
+            forward: the forward pass over the batch.
+
+        Returns:
+            A pytree for ``loss``, or None if the loss does not use this layer.
+        """
+
+    def loss(self, reads: Sequence[Any], forward: Forward, targets: Any) -> Float[Array, ""]:
+        """Computes the loss, its weight included, as a float32 scalar.
+
+        Args:
+            reads: the results of ``read`` that are not None, in the order of the layers.
+            forward: the forward pass over the batch.
+            targets: targets for the batch (``sources.StepData.targets``, without the accumulation
+                axis).
         """
 
 
 class Scores(NamedTuple):
-    """What a batch's answers were worth."""
+    """Loss and accuracy of the answers of a batch."""
 
     loss: Float[Array, ""]
-    """Cross entropy in nats, summed over answer tokens."""
+    """Cross entropy in nats, summed over the answer tokens, in float32."""
     tokens: Int[Array, ""]
-    """Answer tokens."""
+    """Number of answer tokens."""
     right_tokens: Int[Array, ""]
-    """Answer tokens that were the most likely ones."""
+    """Number of answer tokens that have the highest logit."""
     auxiliary: Float[Array, ""]
-    """Sum of the auxiliary losses."""
+    """Sum of the weighted auxiliary losses, in float32; it is not part of ``loss``."""
     right: Bool[Array, "B parts"]
-    """Whether every token of a part's answer was the most likely one, from part 1 on: greedy
-    decoding would then have said just this answer."""
+    """Whether every token of the answer of a part has the highest logit, so that greedy decoding
+    would generate exactly this answer. The axis covers parts 1 to ``MAX_PARTS``."""
     asked: Bool[Array, "B parts"]
-    """Which parts there are."""
+    """Whether a row has the part, that is, a question with this number."""
 
 
 def score_answers(
@@ -92,18 +114,22 @@ def score_answers(
     dtype: DTypeLike = jnp.float32,
     rematerialise: bool = False,
 ) -> Scores:
-    """Runs the model over a batch; differentiable in ``params``.
+    """Computes loss and accuracy of the answers of a batch; differentiable in ``params``.
 
     Args:
-        config: the model.
-        params: its weights, and those of auxiliary losses.
-        batch: without an accumulation axis.
-        dropping: visual tokens to drop; None keeps all.
-        key: random key of dropping at random; not needed otherwise.
-        auxiliary: losses to be added to that of the answers.
-        targets: what the auxiliary losses compare with, a pytree.
-        dtype: of the computation; softmax and losses are in float32.
-        rematerialise: compute each layer again for the gradient instead of storing it.
+        config: shapes of the model.
+        params: weights of the model and of the auxiliary losses, in any float dtype.
+        batch: a batch without an accumulation axis.
+        dropping: which visual tokens are dropped. None: all are kept.
+        key: random key; needed if tokens are dropped at random.
+        auxiliary: auxiliary losses to compute.
+        targets: pytree of targets for the auxiliary losses.
+        dtype: dtype of the computation; softmax and losses are in float32.
+        rematerialise: compute the results of each layer again for the gradient instead of storing
+            them.
+
+    Returns:
+        The scores; ``loss`` and ``auxiliary`` are differentiable.
     """
     model = bind(config, {path: x.astype(dtype) for path, x in params.items()})
     maybe_rematerialised = jax.checkpoint if rematerialise else lambda function: function
@@ -131,7 +157,8 @@ def score_answers(
         added += one.loss(of_one, forward, targets)
     logits = model.logits(model.language_model.norm(x[:, shared.shape[1] :]))
 
-    # A slot predicts the next one; an answer never begins its part, so the two are of one part.
+    # The logits of a slot predict the next slot. A part begins with its question, so the slot
+    # before an answer token always belongs to the same part.
     target, wanted = batch.ids[:, 1:], batch.is_answer[:, 1:]
     scores = jax.nn.log_softmax(logits[:, :-1])
     likely = jnp.take_along_axis(scores, target[:, :, None], axis=2)[:, :, 0]
@@ -160,14 +187,14 @@ def _visual(
     key: Array | None,
     maybe_rematerialised: Callable[[Callable], Callable],
 ) -> tuple[Visual, Int[Array, "B M"] | None]:
-    """The visual segment, and which visual tokens are in it (None: all)."""
+    """The visual segment, and the indices of the visual tokens in it (None: all are kept)."""
     rows, frames = batch.frames.shape[:2]
     folded = batch.frames.reshape(rows * frames, *batch.frames.shape[2:])
     features = maybe_rematerialised(model.encode)(folded)
     features = features.reshape(rows, frames, *features.shape[1:])
     kept = None
     if dropping is not None:
-        # Which tokens stay is a choice and has no gradient.
+        # The selection of tokens is discrete and has no gradient.
         kept = DyCoke(k=dropping.k).select(jax.lax.stop_gradient(features))
         if dropping.at_random and kept is not None:
             assert key is not None

@@ -1,4 +1,4 @@
-"""Training data of one's own: a JSONL file of clips, questions and answers."""
+"""The user's training data: a JSONL file of clips, questions and answers."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,7 +17,13 @@ from dycoke_jax.training.token_dropping import TokenDroppingMix
 
 @dataclass(frozen=True)
 class Record:
-    """A line of a training file: a clip, a question (or the turns before the answer), an answer."""
+    """One line of a training file.
+
+    Attributes:
+        video: path of the clip.
+        question: the question as a text, or the turns of a conversation before the answer.
+        answer: the right answer.
+    """
 
     video: Path
     question: Conversation
@@ -25,13 +31,20 @@ class Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Reads a JSONL file of ``{"video": ..., "question": ..., "answer": ...}``.
+    """Reads a JSONL file whose lines are ``{"video": ..., "question": ..., "answer": ...}``.
 
-    Paths of videos are relative to the file's folder. ``question`` is a text or a conversation as
+    Empty lines are ignored. ``question`` is a text, or a conversation as
     ``inputs.prompts.build_prompt`` takes it.
 
+    Args:
+        path: the file, in UTF-8. Relative paths of videos start at its folder.
+
+    Returns:
+        At least one record, in the order of the lines.
+
     Raises:
-        RequestError: listing what is wrong, line by line (ten lines at most), or if there is none.
+        RequestError: if the file cannot be read, holds no record, or has faulty lines; the message
+            names the first ten of these.
         VideoError: if a clip cannot be opened.
     """
     try:
@@ -69,16 +82,18 @@ def _record(values: object, folder: Path) -> Record:
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Records in a new random order each epoch; those of one clip share rows.
+    """A source (see ``sources.Source``) that reads records, in a new random order each epoch.
+
+    Records of the same clip share rows.
 
     Attributes:
-        records: what to learn.
-        tokenizer: the model's.
-        size: pixels a side that the tower takes.
-        sampling: frames to take of each clip.
-        shape: of a step.
-        dropping: how often visual tokens are dropped.
-        seed: of the order, and of dropping.
+        records: the records to train on, at least one.
+        tokenizer: the tokenizer of the model.
+        size: height and width of the input of the vision tower, in pixels.
+        sampling: which frames of each clip are used.
+        shape: sizes of a training step.
+        dropping: shares of the steps that drop visual tokens.
+        seed: seed of the order of the rows and of token dropping, 0 or more.
     """
 
     records: tuple[Record, ...]
@@ -91,10 +106,11 @@ class RecordSource:
 
     @cached_property
     def rows(self) -> list[list[Record]]:
-        """The records, as many of one clip together as fit into a row; none is left out.
+        """All records, grouped into rows: each holds as many records of one clip as fit.
 
         Raises:
-            RequestError: if a single record does not fit.
+            RequestError: if a record alone does not fit into a row.
+            PromptError: if a conversation is malformed or an answer is empty.
         """
         rows: dict[Path, list[list[Record]]] = {}
         room: dict[Path, int] = {}
@@ -113,19 +129,21 @@ class RecordSource:
         return [row for of_clip in rows.values() for row in of_clip]
 
     def step(self, number: int) -> StepData:
-        """The data of a step; see ``Source``.
+        """The data of a step, see ``sources.Source.step``.
 
         Raises:
-            RequestError: if clips of a step differ in their number of frames, as fps allows.
-            VideoError: if a clip is damaged.
+            RequestError: if the clips of the step differ in their number of frames, which can
+                happen if ``sampling.fps`` is set; or as ``rows`` does.
+            PromptError: as ``rows`` does.
+            VideoError: if a clip cannot be read.
         """
         count, first = self.shape.examples, number * self.shape.examples
-        chosen = [self._row(place) for place in range(first, first + count)]
-        examples = [self._example(row) for row in chosen]
-        for row, example in zip(chosen, examples, strict=True):
+        rows = [self._row(place) for place in range(first, first + count)]
+        examples = [self._example(row) for row in rows]
+        for row, example in zip(rows, examples, strict=True):
             if len(example.frames) != len(examples[0].frames):
                 raise RequestError(
-                    f"{row[0].video} gives {len(example.frames)} frames and {chosen[0][0].video} "
+                    f"{row[0].video} gives {len(example.frames)} frames and {rows[0][0].video} "
                     f"{len(examples[0].frames)}; clips of a step need equally many: leave out "
                     "fps, or train on one clip a step"
                 )
@@ -133,6 +151,7 @@ class RecordSource:
         return StepData(batch, self.dropping.choose(number, self.seed))
 
     def _row(self, place: int) -> list[Record]:
+        """The row at a place of the endless sequence of epochs, from 0."""
         epoch, index = divmod(place, len(self.rows))
         order = np.random.default_rng([self.seed, epoch, 4]).permutation(len(self.rows))
         return self.rows[order[index]]

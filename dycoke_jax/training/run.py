@@ -1,9 +1,9 @@
-"""A training run in a folder: steps, log, evaluation in between, checkpoints and exact resume.
+"""A training run in a folder: steps, log, evaluations, checkpoints and exact resumption.
 
-FOLDER/run.json     what the run was started with
-FOLDER/log.jsonl    loss and accuracy by step
-FOLDER/state/       Orbax checkpoints of weights and optimiser
-FOLDER/model/       the trained model in the llava-hf layout, at the end
+FOLDER/run.json     description of the run: its data and settings
+FOLDER/log.jsonl    metrics and evaluations, one entry a line with the number of its step
+FOLDER/state/       Orbax checkpoints of weights and optimiser state; the last two are preserved
+FOLDER/model/       the trained model in the llava-hf layout, written after the last step
 """
 
 import json
@@ -32,7 +32,18 @@ RUN, LOG, STATE, MODEL = "run.json", "log.jsonl", "state", "model"
 
 @dataclass(frozen=True)
 class Intervals:
-    """Steps between two entries of the log, two evaluations, and two checkpoints."""
+    """How often a run logs, evaluates and saves.
+
+    After the last step a run always does all three.
+
+    Attributes:
+        log: steps between two entries of the log, at least 1.
+        evaluate: steps between two evaluations, at least 1.
+        save: steps between two checkpoints, at least 1.
+
+    Raises:
+        ConfigError: naming the interval that is below 1.
+    """
 
     log: int = 10
     evaluate: int = 200
@@ -49,18 +60,20 @@ class Run:
     """A training run.
 
     Attributes:
-        folder: of the run; made if absent.
-        config: the model.
-        initial: gives the weights to start from; not called on resuming.
-        source: gives the data of each step.
-        optimisation: how weights are changed, and in how many steps.
-        save_tokenizer: writes the tokenizer's files into the folder of the trained model.
-        described: everything that decides the run's course, for ``run.json``; a folder with
-            another description is not resumed.
-        seed: of dropping at random.
+        folder: folder of the run; it is made if absent.
+        config: shapes of the model.
+        initial: returns the weights to start from; not called when a run is resumed.
+        source: the data of each step.
+        optimisation: settings of the optimiser, and the number of steps.
+        save_tokenizer: writes the files of the tokenizer into the folder it is called with.
+        described: all settings that decide the result, as values that JSON can hold (others are
+            written as text). They are the content of ``run.json``; a run is resumed only if its
+            description is the same.
+        seed: seed of random token dropping, 0 or more.
         intervals: how often the run logs, evaluates and saves.
-        evaluate: scores weights in between and at the end; None: no evaluation.
-        extra: shapes and dtypes of what ``initial`` gives besides the model's own weights, by path.
+        evaluate: evaluates the weights at intervals and at the end. None: no evaluation.
+        extra: shapes and dtypes, by path, of those weights from ``initial`` that are not the
+            model's own, such as weights of auxiliary losses.
     """
 
     folder: Path
@@ -77,22 +90,24 @@ class Run:
 
 
 def train(run: Run, progress: Progress | None = None) -> Params:
-    """Trains, or goes on where a run in the folder was cut off.
+    """Trains from the first step, or resumes an interrupted run from its last checkpoint.
 
-    A resumed run computes what the uninterrupted one would have: batches and random choices depend
-    on the step alone, and the checkpoint holds everything else. On a CPU its weights are equal bit
-    for bit.
+    A resumed run computes the same as an uninterrupted one, because batches and random numbers
+    depend only on the seed and the step, and the checkpoint holds the rest of the state. On a CPU
+    the weights are equal bit for bit.
 
     Args:
-        run: what to train, on what, and where.
+        run: the model, the data, the settings and the folder.
         progress: called after each step.
 
     Returns:
-        The trained weights, float32.
+        The trained weights in float32, those of auxiliary losses included.
 
     Raises:
-        ConfigError: if the folder holds another run.
-        CheckpointError: if the folder cannot be written or its state cannot be read.
+        ConfigError: if the folder holds a run with another description.
+        CheckpointError: if the folder holds other files, cannot be written, or holds a checkpoint
+            that cannot be read.
+        DycokeError: as the source of the data does.
     """
     _claim(run.folder, run.described)
     keep = ocp.training.preservation_policies.LatestN(2)
@@ -108,13 +123,19 @@ def train(run: Run, progress: Progress | None = None) -> Params:
 
 
 def train_and_save(run: Run, progress: Progress | None = None) -> Path:
-    """Trains, and writes the trained model in the llava-hf layout into the run's folder.
+    """Trains, and then writes the trained model in the llava-hf layout into the run's folder.
+
+    If the run is finished already, nothing is trained or overwritten.
+
+    Args:
+        run: the model, the data, the settings and the folder.
+        progress: called after each step.
 
     Returns:
-        The folder of the trained model. A finished run that is started again is left as it is.
+        The folder of the trained model.
 
     Raises:
-        DycokeError: as ``train`` does.
+        DycokeError: as ``train`` does, or if the model cannot be written.
     """
     params = train(run, progress)
     trained = run.folder / MODEL
@@ -132,7 +153,7 @@ def _loop(
     run: Run, state: TrainState, saved: ocp.training.Checkpointer, progress: Progress | None
 ) -> Params:
     began, first, steps = time.perf_counter(), int(state.step), run.optimisation.steps
-    # The next batch is drawn while the device computes.
+    # A thread prepares the next batch while the device computes.
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         following = pool.submit(run.source.step, first)
         for number in range(first, steps):
@@ -166,7 +187,7 @@ def _loop(
 
 
 def _claim(folder: Path, described: Mapping[str, Any]) -> None:
-    """Writes what the run is, or checks that it is the one that the folder holds."""
+    """Writes the description of the run, or checks that it equals the one in the folder."""
     run = folder / RUN
     text = json.dumps(described, indent=2, sort_keys=True, default=str) + "\n"
     try:
@@ -211,11 +232,11 @@ def _zeros(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
 
 
 def _cut_log(log: Path, step: int) -> None:
-    """Drops entries of steps that will be done again."""
+    """Removes the log entries of steps after ``step``, because they will run again."""
     if log.exists():
         lines = log.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        done = [line for line in lines if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in done), encoding="utf-8")
 
 
 def _log(log: Path, entry: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Accuracy of answers while training, without generating them.
+"""Accuracy of answers during training, without generating them.
 
-An answer whose every token is the most likely one, given those before it, is the answer that greedy
-decoding gives. So one pass over a packed batch scores all its questions exactly, as long as nothing
-is pruned while decoding.
+Greedy decoding generates an answer exactly if each of its tokens has the highest logit given the
+tokens before it. So one forward pass over a packed batch gives the accuracy of greedy decoding on
+all its questions. This holds without KV pruning, which acts in decode steps only.
 """
 
 from collections import Counter
@@ -26,23 +26,31 @@ _score = jax.jit(score_answers, static_argnames=("config", "dropping", "dtype"))
 
 
 Evaluate = Callable[[Params], dict[str, Any]]
-"""Scores weights; what it returns is written to the log of a run."""
+"""Evaluates float32 weights. The result, which JSON must be able to hold, goes into the log."""
 
 
 class HeldOut(NamedTuple):
-    """Questions that are not trained on: batches, and the kind of each row's questions in order."""
+    """A held-out set of questions."""
 
     batches: Sequence[Batch]
+    """The packed questions, without an accumulation axis."""
     kinds: Sequence[Sequence[Sequence[str]]]
+    """The kind of each question, by batch, row and part (in order, from part 1)."""
 
 
 def task_held_out(tokenizer: Tokenizer, size: int, frames: int = 16) -> HeldOut:
-    """The monitored clips of the built-in task's test split, with all their questions.
+    """The held-out set of the built-in task: the first ``MONITORED`` clips of its test split.
 
     Args:
-        tokenizer: the model's.
-        size: pixels a side of its frames.
-        frames: of a clip.
+        tokenizer: the tokenizer of the model.
+        size: height and width of the input of the vision tower, in pixels.
+        frames: number of frames of a clip, at least 1.
+
+    Returns:
+        All questions of these clips, in batches of 8 clips.
+
+    Raises:
+        RequestError: if with this tokenizer the first question of a clip takes over 256 tokens.
     """
     scenes = SceneSettings(frames)
     batches, kinds = [], []
@@ -62,14 +70,19 @@ def accuracy(
     dropping: TokenDropping | None = None,
     dtype: str = "float32",
 ) -> dict[str, float]:
-    """Loss per answer token, and the share of right answers by kind and in all.
+    """Computes the loss and the share of right answers on a held-out set.
 
     Args:
-        config: the model.
-        params: its weights.
-        held_out: the questions.
-        dropping: visual tokens to drop.
-        dtype: dtype of the computation.
+        config: shapes of the model.
+        params: weights of the model.
+        held_out: the held-out set.
+        dropping: which visual tokens are dropped. None: all are kept.
+        dtype: dtype of the computation, "float32" or "bfloat16".
+
+    Returns:
+        Under "loss", the mean cross entropy of an answer token in nats. Under "accuracy", the share
+        of right answers, in [0, 1]. Under each kind of question, the share for that kind. All are
+        rounded to four decimals.
     """
     right, asked = Counter[str](), Counter[str]()
     loss = tokens = 0.0
@@ -89,7 +102,16 @@ def accuracy(
 
 
 def both_accuracies(config: LlavaConfig, held_out: HeldOut, dtype: str) -> Evaluate:
-    """A function of the weights that gives ``accuracy`` with all visual tokens and with merging."""
+    """Returns a function of the weights that computes ``accuracy`` twice.
+
+    Its result has the accuracy with all visual tokens under "full", and the accuracy with temporal
+    token merging (k = 0.7) under "merged".
+
+    Args:
+        config: shapes of the model.
+        held_out: the held-out set.
+        dtype: dtype of the computation, "float32" or "bfloat16".
+    """
 
     def evaluate(params: Params) -> dict[str, Any]:
         return {

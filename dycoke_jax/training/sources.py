@@ -1,7 +1,7 @@
-"""Where training batches come from, and the built-in task as such a source.
+"""Sources of training data, among them the built-in task.
 
-A source is a pure function of the step. So a run that is resumed needs nothing but the number of
-its step to see the batches that it would have seen.
+A source is a pure function of the step. So a resumed run gets the same batches as an uninterrupted
+one from the number of its step alone.
 """
 
 from collections.abc import Sequence
@@ -21,34 +21,44 @@ from dycoke_jax.training.token_dropping import TokenDropping, TokenDroppingMix
 
 
 class StepData(NamedTuple):
-    """What one training step takes."""
+    """The data and the losses of one training step."""
 
     batch: Batch
-    """Its first axis is that of gradient accumulation."""
+    """The examples; the first axis of every array is that of gradient accumulation."""
     dropping: TokenDropping | None = None
-    """Visual tokens to drop."""
+    """Which visual tokens are dropped. None: all are kept."""
     auxiliary: tuple[AuxiliaryLoss, ...] = ()
-    """Losses to be added to that of the answers."""
+    """Auxiliary losses that are added to the loss of the answers."""
     targets: Any = None
-    """A pytree for the auxiliary losses, with the batch's two leading axes."""
+    """Pytree of targets for the auxiliary losses, with leading axes of accumulation and rows."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Gives the data of every step."""
+    """A source of training data."""
 
     def step(self, number: int) -> StepData:
-        """The data of a step, counted from 0; the same whenever it is asked for."""
+        """The data of a step.
+
+        Args:
+            number: number of the step, from 0. The same number always gives the same data.
+
+        Raises:
+            DycokeError: if there is no data for the step, or if it cannot be read or packed.
+        """
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Sizes of a training step, each at least 1.
+    """Sizes of a training step.
 
     Attributes:
-        rows: clips whose gradient is computed at a time.
-        accumulate: number of such gradients that are summed before the weights change.
-        width: slots of a row for questions and answers.
+        rows: clips whose gradient is computed at a time, at least 1.
+        accumulate: number of such gradients that are summed in a step, at least 1.
+        width: slots of a row for questions and answers, in tokens, at least 1.
+
+    Raises:
+        ConfigError: naming the size that is below 1.
     """
 
     rows: int = 2
@@ -62,30 +72,39 @@ class BatchShape:
 
     @property
     def examples(self) -> int:
-        """Clips of a step."""
+        """Number of examples of a step: ``rows * accumulate``."""
         return self.rows * self.accumulate
 
     def pack(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> Batch:
-        """Packs ``self.examples`` examples, with an axis for accumulation in front."""
+        """Packs the examples of a step into a batch with a leading accumulation axis.
+
+        Args:
+            tokenizer: the tokenizer of the model.
+            examples: exactly ``self.examples`` examples with the same number of frames.
+
+        Raises:
+            RequestError: as ``batches.pack`` does.
+            PromptError: as ``batches.pack`` does.
+        """
         return self.split(pack(tokenizer, examples, self.width))
 
     def split(self, arrays: Any) -> Any:
-        """Splits the leading axis of every array of a pytree into accumulation and rows."""
+        """Reshapes arrays [examples, ...] of a pytree to [accumulate, rows, ...]."""
         steps = self.accumulate, self.rows
         return jax.tree.map(lambda x: x.reshape(*steps, *x.shape[1:]), arrays)
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Fresh clips of the built-in task at every step.
+    """A source of new clips of the built-in task at each step; no clip is used twice.
 
     Attributes:
-        tokenizer: the model's.
-        size: pixels a side that the tower takes.
-        scenes: what the clips show.
-        shape: of a step.
-        dropping: how often visual tokens are dropped.
-        seed: of the clips and of dropping.
+        tokenizer: the tokenizer of the model.
+        size: height and width of the input of the vision tower, in pixels.
+        scenes: number of frames of a clip and of things in it.
+        shape: sizes of a training step.
+        dropping: shares of the steps that drop visual tokens.
+        seed: seed of the clips and of token dropping, 0 or more.
     """
 
     tokenizer: Tokenizer
@@ -96,7 +115,11 @@ class TaskSource:
     seed: int = 0
 
     def step(self, number: int) -> StepData:
-        """The data of a step; see ``Source``."""
+        """The data of a step, see ``Source.step``.
+
+        Raises:
+            RequestError: if the first question of a clip does not fit into a row.
+        """
         first = (self.seed << 40) + number * self.shape.examples
         examples = [
             task_example("train", clip, self.scenes, self.size)
@@ -107,7 +130,14 @@ class TaskSource:
 
 
 def task_example(split: Split, number: int, scenes: SceneSettings, size: int) -> Example:
-    """A clip of the built-in task with all its questions."""
+    """A clip of the built-in task with all its questions.
+
+    Args:
+        split: split of the task, "train" or "test".
+        number: number of the clip in the split, from 0.
+        scenes: number of frames of the clip and of things in it.
+        size: height and width of the frames in pixels.
+    """
     clip = task_clip(split, number, scenes)
     texts = [question.text for question in clip.questions]
     answers = [question.answer for question in clip.questions]

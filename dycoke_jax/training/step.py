@@ -1,4 +1,4 @@
-"""One step of training: a pure function of state and batch."""
+"""One training step, as a pure function of the state and the batch."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -17,35 +17,40 @@ from dycoke_jax.training.token_dropping import TokenDropping
 
 
 class Cycle(NamedTuple):
-    """A cycle of the learning rate: a linear warm-up and a cosine decay to zero."""
+    """A learning-rate cycle: linear warm-up from zero, then cosine decay to zero."""
 
     start: int
-    """The first step of the cycle."""
+    """First step of the cycle, counted from the first step of the run."""
     learning_rate: float
-    """The highest learning rate of the cycle."""
+    """Highest learning rate of the cycle, above 0."""
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How weights are changed: AdamW with clipping, warm-up and cosine decay to zero.
+    """Settings of the optimiser: AdamW with gradient clipping and learning-rate cycles.
+
+    The learning rate of a module is that of the schedule times the module's factor (``language``,
+    ``projector``, ``tower``). Frozen weights have no moments, and no gradient is computed for them.
 
     Attributes:
-        steps: steps of the run, at least 1.
-        learning_rate: highest learning rate of the language model in the first cycle, above 0.
-        language: learning rate of the language model's layers relative to ``learning_rate``; 0
-            freezes them.
-        projector: learning rate of projector and newline relative to ``learning_rate``; 0 freezes
-            them.
-        tower: learning rate of the vision tower relative to ``learning_rate``; 0 freezes it.
-        frozen_layers: number of layers of the language model, from the first, that are frozen.
-            Frozen weights have no moments and cost no gradient.
-        warm_up: steps of linear warm-up of each cycle.
-        cycles: further learning-rate cycles, each with such a warm-up and a cosine decay; a cycle
-            ends where the next one starts.
-        weight_decay: AdamW weight decay, on matrices only.
-        clip: largest global norm of the gradient.
+        steps: number of steps of the run, at least 1.
+        learning_rate: highest learning rate of the first cycle, above 0.
+        language: factor for the language model, its embeddings and output head included, and for
+            weights of auxiliary losses; 0 or more, and 0 freezes them.
+        projector: factor for the projector and the newline vector; 0 or more, and 0 freezes them.
+        tower: factor for the vision tower; 0 or more, and 0 freezes it.
+        frozen_layers: number of layers of the language model, from the first, that are frozen; 0 or
+            more.
+        warm_up: steps of linear warm-up of each cycle, 0 or more.
+        cycles: further learning-rate cycles, with ascending first steps in 1..steps-1. A cycle ends
+            where the next one starts.
+        weight_decay: AdamW weight decay, on matrices only; 0 or more.
+        clip: largest global norm of the gradient, above 0.
         dtype: dtype of the computation; weights and moments are float32.
-        rematerialise: compute layers again for the gradient instead of storing their results.
+        rematerialise: compute the results of layers again for the gradient instead of storing them.
+
+    Raises:
+        ConfigError: if a setting is out of its range, or if all modules are frozen.
     """
 
     steps: int
@@ -81,29 +86,33 @@ class Optimisation:
 
 
 class TrainState(NamedTuple):
-    """What a run carries from step to step."""
+    """The state of a run between two steps."""
 
     step: Int[Array, ""]
+    """Number of steps done, int32."""
     params: Params
-    """In float32."""
+    """All weights in float32, frozen ones included."""
     optimiser: optax.OptState
+    """State of the optimiser for the weights that are trained; moments are float32."""
 
 
 class Metrics(NamedTuple):
-    """Of one step."""
+    """Metrics of one step, as float32 scalars, with the weights before the step."""
 
     loss: Float[Array, ""]
-    """Mean cross entropy of an answer's token, in nats."""
+    """Mean cross entropy of an answer token in nats, without auxiliary losses."""
     token_accuracy: Float[Array, ""]
+    """Share of answer tokens that have the highest logit, in [0, 1]."""
     answer_accuracy: Float[Array, ""]
-    """Share of answers of which every token was the most likely one."""
+    """Share of answers of which every token has the highest logit, in [0, 1]."""
     gradient: Float[Array, ""]
-    """Norm before clipping."""
+    """Global norm of the gradient before clipping, auxiliary losses included."""
     learning_rate: Float[Array, ""]
+    """Learning rate of the schedule in this step, before the factors of the modules."""
 
 
 def schedule(settings: Optimisation) -> optax.Schedule:
-    """Learning rate of the language model by step."""
+    """The learning rate as a function of the step (from 0), before the factors of the modules."""
     cycles = [Cycle(0, settings.learning_rate), *settings.cycles]
     ends = [*(cycle.start for cycle in settings.cycles), settings.steps]
     warm_up = settings.warm_up
@@ -119,7 +128,7 @@ def schedule(settings: Optimisation) -> optax.Schedule:
 
 
 def optimiser(settings: Optimisation) -> optax.GradientTransformation:
-    """The chain of transformations, for the weights that are trained."""
+    """The Optax optimiser for the weights that are trained: clipping, then AdamW by module."""
     rates = {
         "language": settings.language,
         "projector": settings.projector,
@@ -143,7 +152,7 @@ def optimiser(settings: Optimisation) -> optax.GradientTransformation:
 
 
 def is_trained(settings: Optimisation, path: str) -> bool:
-    """Whether a weight changes."""
+    """Whether the weight at a path is trained, that is, not frozen."""
     match path.split("."):
         case ["language_model", "layers", number, *_] if int(number) < settings.frozen_layers:
             return False
@@ -155,7 +164,10 @@ def _trained(settings: Optimisation, params: Params) -> Params:
 
 
 def module_of(path: str) -> str:
-    """Which of tower, projector and language a weight belongs to, for learning rates."""
+    """Module of the weight at a path, for its learning rate: tower, projector or language.
+
+    Weights outside the vision tower, the projector and the newline vector belong to "language".
+    """
     match path.split(".")[0]:
         case "vision_tower":
             return "tower"
@@ -166,8 +178,13 @@ def module_of(path: str) -> str:
 
 
 def start(settings: Optimisation, params: Params) -> TrainState:
-    """The state before the first step; weights become float32."""
-    # Copies, because the first step gives its state's buffers away.
+    """The state before the first step, with weights copied to float32.
+
+    Args:
+        settings: settings of the optimiser.
+        params: weights of the model and of auxiliary losses, in any float dtype.
+    """
+    # The weights are copied, because the first step donates the buffers of its state.
     params = {path: jnp.array(x, jnp.float32) for path, x in params.items()}
     return TrainState(jnp.int32(0), params, optimiser(settings).init(_trained(settings, params)))
 
@@ -184,17 +201,24 @@ def train_step(
     auxiliary: tuple[AuxiliaryLoss, ...] = (),
     seed: Int[Array, ""] | int = 0,
 ) -> tuple[TrainState, Metrics]:
-    """Changes the weights once, by the gradient of the mean over all answer tokens of a batch.
+    """Updates the weights once.
+
+    The loss is the mean cross entropy of the answer tokens of the whole batch, plus the mean of the
+    auxiliary losses over the accumulation axis, weighted by the number of answer tokens.
 
     Args:
-        config: the model (static).
-        settings: of the optimisation (static).
-        state: before the step; its buffers are donated.
-        batch: with one axis before B, over which gradients are accumulated.
-        targets: a pytree for the auxiliary losses, with the batch's two leading axes.
-        dropping: visual tokens to drop (static).
-        auxiliary: losses to be added to that of the answers (static).
-        seed: of dropping at random.
+        config: shapes of the model (static).
+        settings: settings of the optimiser (static).
+        state: the state before the step; its buffers are donated.
+        batch: a batch with one axis before B, over which gradients are accumulated.
+        targets: pytree of targets for the auxiliary losses, with leading axes of accumulation and
+            rows.
+        dropping: which visual tokens are dropped (static). None: all are kept.
+        auxiliary: auxiliary losses (static).
+        seed: seed of random token dropping, 0 or more.
+
+    Returns:
+        The state after the step, and the metrics of the step.
     """
     trained = _trained(settings, state.params)
 
@@ -212,7 +236,8 @@ def train_step(
             dtype=settings.dtype,
             rematerialise=settings.rematerialise,
         )
-        # The sum over tokens is divided by their number below; so must this be.
+        # The summed gradient is divided by the number of answer tokens below. The auxiliary loss
+        # is a mean already, so it is multiplied by that number here.
         return scores.loss + scores.auxiliary * scores.tokens, scores
 
     def accumulate(total: tuple, part: tuple[Batch, Any, Array]) -> tuple[tuple, None]:

@@ -1,4 +1,4 @@
-"""Training with fewer visual tokens, so that a model learns to answer from what is left."""
+"""Token dropping in training, so that a model learns to answer from the visual tokens kept."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,10 @@ class TokenDropping:
     """Which visual tokens of a training step are dropped.
 
     Attributes:
-        k: share of a compared frame's tokens that temporal token merging drops (``DyCoke.k``).
-        at_random: drop as many tokens as merging would, but at random places.
+        k: share of a compared frame's tokens that temporal token merging drops, in [0, 1), see
+            ``DyCoke.k``.
+        at_random: whether tokens are dropped at random places instead, as many as temporal token
+            merging would drop.
     """
 
     k: float
@@ -22,12 +24,16 @@ class TokenDropping:
 
 @dataclass(frozen=True)
 class TokenDroppingMix:
-    """How often training steps drop visual tokens.
+    """Shares of the training steps that drop visual tokens; the other steps keep all of them.
 
     Attributes:
         merged: share of the steps that drop tokens by temporal token merging, in [0, 1].
-        random: share of the steps that drop as many tokens at random, in [0, 1].
-        k: share of a compared frame's tokens that is dropped, in [0, 1).
+        random: share of the steps that drop as many tokens at random, in [0, 1]; at most
+            ``1 - merged``.
+        k: share of a compared frame's tokens that these steps drop, in [0, 1).
+
+    Raises:
+        ConfigError: if a share is out of its range.
     """
 
     merged: float = 0.0
@@ -44,7 +50,15 @@ class TokenDroppingMix:
             raise ConfigError(f"k is {self.k}; it must lie in [0, 1)")
 
     def choose(self, step: int, seed: int) -> TokenDropping | None:
-        """What a step drops; depends on the step and the seed alone."""
+        """Draws which visual tokens a step drops; depends on its arguments only.
+
+        Args:
+            step: number of the step, from 0.
+            seed: seed of the choice, 0 or more.
+
+        Returns:
+            The setting of token dropping, or None if the step keeps all tokens.
+        """
         drawn = np.random.default_rng([seed, step, 3]).random()
         if drawn >= self.merged + self.random:
             return None

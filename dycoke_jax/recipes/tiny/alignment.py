@@ -1,11 +1,12 @@
-"""First pre-training stage: visual tokens predict the words for what they show.
+"""First pre-training stage: visual tokens predict the words for what they depict.
 
 Learning shapes and colours through an untrained language model takes thousands of steps. Here the
-tower and the projector learn them directly, from single pictures: scored like the last state of the
-language model, a token at a thing's place predicts the thing's colour and shape, any other token
-the full stop, and all of them in which half of the picture they lie, by height and by width. Words
-and visual tokens then share one space, in which attention easily finds "the red thing". It takes
-two minutes on two CPU cores.
+vision tower, the projector and the token embeddings learn them directly, from single pictures. The
+features of visual tokens go straight into the final norm and the output head of the language model.
+The token of a cell with a thing in it predicts the words for the thing's colour and shape, any
+other token the full stop. Each token also predicts whether it lies in the top or the bottom half of
+the picture, and in the left or the right half. Words and visual tokens then share one space, in
+which attention easily finds "the red thing". The stage takes two minutes on two CPU cores.
 """
 
 import jax
@@ -23,13 +24,16 @@ from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.scenes import GRID, SceneSettings, draw_scene
 
 STEPS = 500
+"""Number of training steps of this stage in the recipe."""
 EMPTY_WEIGHT = 0.2
-"""Weight in the loss of a place without a thing; there are many of them."""
+"""Weight of an empty cell in the loss, below 1 because most cells are empty."""
 _PICTURES = 48
+"""Pictures of a step."""
 _LEARNING_RATE = 3e-3
+"""Highest learning rate."""
 
 _Words = Int[np.ndarray, "N words"]
-_Shown = Bool[np.ndarray, "N"]
+_HasThing = Bool[np.ndarray, "N"]
 
 
 def align(
@@ -39,20 +43,22 @@ def align(
     progress: Progress | None = None,
     steps: int = STEPS,
 ) -> Params:
-    """Trains untrained weights on single pictures.
+    """Trains all weights but the layers of the language model on single pictures.
 
     Args:
-        config: a model whose frames have one visual token for each cell of a scene's grid.
-        params: float32 weights.
-        tokenizer: one with single tokens for the names of shapes and colours.
+        config: shapes of a model whose frames have one visual token for each cell of a scene's
+            grid.
+        params: untrained weights of the model, in float32.
+        tokenizer: a tokenizer that has single tokens for the words to predict: the names of colours
+            and shapes, the full stop, "top", "bottom", " left" and " right".
         progress: called after each step.
-        steps: number of training steps, each on fresh pictures.
+        steps: number of training steps, at least 1, each on new pictures.
 
     Returns:
-        The weights after it. The language model's layers are not touched.
+        All weights after the last step, in float32; the language model's layers are unchanged.
 
     Raises:
-        ConfigError: if the frames have another number of tokens, or a name is no single token.
+        ConfigError: if a frame has another grid of tokens, or a word is not a single token.
     """
     if config.frame_grid != (GRID, GRID):
         raise ConfigError(f"alignment needs frames of {GRID} x {GRID} visual tokens")
@@ -63,13 +69,13 @@ def align(
         trained: Params,
         frames: UInt8[Array, "C height width 3"],
         words: Int[Array, "C N words"],
-        shown: Bool[Array, "C N"],
+        has_thing: Bool[Array, "C N"],
     ) -> Float[Array, ""]:
         model = bind(config, {**trained, **frozen})
         states = model.language_model.norm(model.encode(frames))
         scores = jax.nn.log_softmax(model.logits(states))
         likely = jnp.take_along_axis(scores, words, axis=2).mean(-1)
-        weights = jnp.where(shown, 1.0, EMPTY_WEIGHT)
+        weights = jnp.where(has_thing, 1.0, EMPTY_WEIGHT)
         return -(likely * weights).sum() / weights.sum()
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
@@ -79,29 +85,29 @@ def align(
 
     return {
         **frozen,
-        **fit(trained, loss, batch, steps, _LEARNING_RATE, "naming pictures", progress),
+        **fit(trained, loss, batch, steps, _LEARNING_RATE, "aligning visual tokens", progress),
     }
 
 
 def _picture(
     config: LlavaConfig, tokenizer: Tokenizer, seed: int
-) -> tuple[UInt8[np.ndarray, "height width 3"], _Words, _Shown]:
-    """A picture, the words for each place, and where things are."""
+) -> tuple[UInt8[np.ndarray, "height width 3"], _Words, _HasThing]:
+    """A uint8 RGB picture, the ids of the words for each cell, and which cells hold a thing."""
     scene = draw_scene(seed, SceneSettings(1, 1, 6))
-    shown = np.zeros(GRID * GRID, bool)
-    words = [[_id(tokenizer, ".")] * 4 for _ in shown]
+    has_thing = np.zeros(GRID * GRID, bool)
+    words = [[_id(tokenizer, ".")] * 4 for _ in has_thing]
     for thing in scene.things:
         row, column = map(int, thing.cells[0])
         place = row * GRID + column
-        shown[place] = True
-        # The first word of a text has no space, and is another token than with one.
+        has_thing[place] = True
+        # A word at the start of a text is another token than the same word after a space.
         named = (thing.colour, f" {thing.colour}", thing.shape, f" {thing.shape}")
         words[place] = [_id(tokenizer, word) for word in named]
     for place, of_place in enumerate(words):
         row, column = divmod(place, GRID)
         of_place.append(_id(tokenizer, "top" if row < GRID / 2 else "bottom"))
         of_place.append(_id(tokenizer, " left" if column < GRID / 2 else " right"))
-    return draw(scene, config.vision.image_size)[0], np.array(words, np.int32), shown
+    return draw(scene, config.vision.image_size)[0], np.array(words, np.int32), has_thing
 
 
 def _id(tokenizer: Tokenizer, text: str) -> int:

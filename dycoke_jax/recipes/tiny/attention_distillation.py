@@ -1,10 +1,9 @@
-"""Attention distillation: an early layer learns to attend to what later layers read.
+"""Attention distillation: the layer that scores tokens for KV pruning imitates later layers.
 
-KV pruning shows the later layers only those visual tokens that one layer before them attends to,
-and takes for granted that layers attend to much the same tokens. A model of six layers divides the
-work between them, so that its third layer need not attend to what its fifth one reads. Here the
-attention of the later layers, when every token is shown to them, is the target for the attention
-of the layer that chooses.
+KV pruning lets the later layers attend only to those visual tokens that one layer before them, the
+scoring layer, attends to most. It assumes that layers attend to much the same tokens. In a model of
+only six layers this need not hold, because each layer has its own task. So the scoring layer is
+trained here: its target is the attention of the later layers when all visual tokens are visible.
 """
 
 from collections.abc import Sequence
@@ -19,24 +18,24 @@ from dycoke_jax.models.qwen2 import Qwen2Layer, Rope
 from dycoke_jax.training.loss import Forward
 
 WEIGHT = 0.5
-"""Of this loss beside that of the answers."""
+"""Weight of this loss relative to the loss of the answers."""
 
 
 @dataclass(frozen=True)
 class AttentionDistillation:
-    """An auxiliary loss (see ``training.loss.AuxiliaryLoss``).
+    """Attention distillation as an auxiliary loss (see ``training.loss.AuxiliaryLoss``).
 
     Attributes:
-        pruned_layer: first layer that will be pruned while decoding (``DyCoke.layer``). The layer
-            before it is the student; it and the later ones are the teachers.
+        pruned_layer: first layer that KV pruning prunes (``DyCoke.layer``), in 1..layers-1. The
+            layer before it is the student; it and all later layers are the teachers.
     """
 
     pruned_layer: int
 
     def read(
         self, number: int, layer: Qwen2Layer, x: Float[Array, "B T D"], forward: Forward
-    ) -> Float[Array, "B Q V"] | None:
-        """Attention of the student and of each teacher to the visual slots."""
+    ) -> Float[Array, "B Q visual"] | None:
+        """The attention of the layer to the visual slots; None for layers before the student."""
         if number < self.pruned_layer - 1:
             return None
         return visual_attention(
@@ -44,9 +43,9 @@ class AttentionDistillation:
         )
 
     def loss(
-        self, reads: Sequence[Float[Array, "B Q V"]], forward: Forward, targets: Any
+        self, reads: Sequence[Float[Array, "B Q visual"]], forward: Forward, targets: Any
     ) -> Float[Array, ""]:
-        """The weighted loss; needs no targets."""
+        """The distillation loss times ``WEIGHT``; ``targets`` are not used."""
         student, teachers = reads[0], jnp.stack(reads[1:])
         is_visual = forward.visual.is_visual & forward.visual.valid
         return WEIGHT * distillation_loss(student, teachers, is_visual, forward.is_answer)
@@ -59,50 +58,56 @@ def visual_attention(
     valid: Bool[Array, "B T"],
     parts: Int[Array, "B T"],
     visual: slice,
-) -> Float[Array, "B Q V"]:
-    """The attention that questions and answers pay to visual slots, as the mean over heads.
+) -> Float[Array, "B Q visual"]:
+    """Attention weights from questions and answers to the visual slots, averaged over heads.
 
     Args:
-        layer: of the language model.
-        x: its input.
+        layer: a decoder layer.
+        x: the input of the layer.
         rope: rotations of all slots, see ``Qwen2.rope``.
-        valid: which slots hold a token.
-        parts: which slots see each other, see ``ops.attention``.
-        visual: the visual slots. The slots after them, questions and answers, are the queries.
+        valid: slots that hold a token.
+        parts: part of each slot, see ``ops.attention``; a query attends to part 0 and its own part.
+        visual: range of the visual slots. The Q slots after it, questions and answers, are the
+            queries.
 
     Returns:
-        Softmax weights over all slots that a query sees, cut to the visual ones.
+        Float32 softmax weights. The softmax runs over all slots visible to a query, and the result
+        has the visual ones of them, so a row sums to at most 1.
     """
     first = visual.stop
     q, k, _ = layer.self_attn.project(layer.input_layernorm(x), rope)
     q = q[:, :, first:] * q.shape[-1] ** -0.5
     q = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
-    scores = jnp.einsum("BJGQE,BJTE->BJGQT", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BKGQE,BKTE->BKGQT", q, k, preferred_element_type=jnp.float32)
     slots = jnp.arange(valid.shape[1])
     own = (parts[:, None] == 0) | (parts[:, None] == parts[:, first:, None])
-    seen = valid[:, None] & own & (slots <= slots[first:, None])
-    scores = jnp.where(seen[:, None, None], scores, -1e30)
+    visible = valid[:, None] & own & (slots <= slots[first:, None])
+    scores = jnp.where(visible[:, None, None], scores, -1e30)
     return jax.nn.softmax(scores)[..., visual].mean((1, 2))
 
 
 def distillation_loss(
-    student: Float[Array, "B Q V"],
-    teachers: Float[Array, "layers B Q V"],
-    is_visual: Bool[Array, "B V"],
+    student: Float[Array, "B Q visual"],
+    teachers: Float[Array, "layers B Q visual"],
+    is_visual: Bool[Array, "B visual"],
     counts: Bool[Array, "B Q"],
 ) -> Float[Array, ""]:
-    """Cross entropy in nats between the mean attention of the teachers and that of the student.
+    """Cross entropy in nats of the student's attention relative to the mean of the teachers'.
 
-    A query weighs as much as the share of its attention that the teachers pay to the video.
+    The student's attention is normalised over the visual tokens of a query. The teachers' is not:
+    a query has the share of their attention that goes to visual tokens as its weight in the mean.
 
     Args:
-        student: attention of the layer that chooses.
-        teachers: attention of the layers after it; no gradient flows there.
-        is_visual: visual tokens; newlines are never pruned and do not count.
-        counts: queries that count.
+        student: attention weights of the scoring layer.
+        teachers: attention weights of the layers after it; no gradient flows into them.
+        is_visual: valid visual tokens. Newlines are never pruned, so they do not count.
+        counts: queries that count, such as the answer tokens.
+
+    Returns:
+        The mean over queries as a scalar; 0 if no query counts.
     """
-    wanted = jnp.where(is_visual[:, None], jax.lax.stop_gradient(teachers.mean(0)), 0)
-    wanted = wanted * counts[..., None]
+    target = jnp.where(is_visual[:, None], jax.lax.stop_gradient(teachers.mean(0)), 0)
+    target = target * counts[..., None]
     student = jnp.where(is_visual[:, None], student, 0)
     share = student / jnp.maximum(student.sum(-1, keepdims=True), 1e-9)
-    return -(wanted * jnp.log(share + 1e-6)).sum() / jnp.maximum(wanted.sum(), 1e-9)
+    return -(target * jnp.log(share + 1e-6)).sum() / jnp.maximum(target.sum(), 1e-9)

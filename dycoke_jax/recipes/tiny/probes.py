@@ -1,14 +1,15 @@
-"""Second pre-training stage: linear probes read from visual tokens what the scene holds.
+"""Second pre-training stage: linear probes predict the contents of a scene from visual tokens.
 
-Answers are few and say little about a clip of hundreds of tokens, so learning from answers alone to
-follow a thing takes long. Here the first layers of the language model learn it directly. A linear
-probe must be able to read from the state of a visual token after them which thing is there, which
-way it has moved so far, as which one it appeared, what it has met, and, where nothing is any more,
-what was there briefly. It takes a quarter of an hour on two CPU cores.
+Answers are few and say little about a clip of hundreds of tokens, so a model that learns from
+answers alone needs many steps to learn to follow a thing. Here the first layers of the language
+model learn it directly. From the state of a visual token after these layers, linear probes predict
+the token's row and column, the colour and shape of the thing in its cell, the directions in which
+the thing has moved so far, its place in the order of appearance, the colour of the thing that it
+has met, and, in an empty cell, the colour of the brief thing that was there before. The stage takes
+a quarter of an hour on two CPU cores.
 
-What this stage teaches would be forgotten within some hundred steps of fine-tuning, because the
-first answers hardly depend on it. So the probe loss goes on there as an auxiliary loss, on the same
-states.
+Fine-tuning alone would undo this within some hundred steps, because the first answers hardly depend
+on it. So the probe loss goes on in fine-tuning as an auxiliary loss on the same states.
 """
 
 from collections.abc import Sequence
@@ -40,25 +41,31 @@ from dycoke_jax.tasks.task import task_clip
 from dycoke_jax.training.loss import Forward
 
 PROBES = "recipe_probes"
-"""The path of the probes among the weights."""
+"""Path of the probes among the weights."""
 WEIGHT = 0.5
-"""Of the probe loss beside that of the answers."""
+"""Weight of the probe loss relative to the loss of the answers, in fine-tuning."""
 STEPS = 1500
+"""Number of training steps of this stage in the recipe."""
 DEPTH = 3
-"""Number of layers, from the first, whose output the probes read."""
+"""Number of layers, from the first, after which the probes read the states."""
 _CLIPS = 16
+"""Clips of a step."""
 _LEARNING_RATE = 2e-3
+"""Highest learning rate."""
 _MOVED_WEIGHT = 4.0
-"""Weight of a direction in the loss: what is hardest to learn is also rare."""
+"""Weight of a direction in the loss, above 1 because directions are rare and hardest to learn."""
 _PROBED = ("row", "column", "colour", "shape", "first way", "second way", "order", "met", "gone")
+"""What the probes predict, in the order of the axis ``probes``."""
 _COLOUR, _GONE = _PROBED.index("colour"), _PROBED.index("gone")
 _IS_COLOUR, _IS_GONE = np.arange(len(_PROBED)) == _COLOUR, np.arange(len(_PROBED)) == _GONE
 _IS_WAY = np.array([name.endswith("way") for name in _PROBED])
 _VALUES = 1 + max(len(COLOURS), len(SHAPES))
+"""Number of values of a probe: "none" and the largest set of names."""
 _WAYS = {(0, -1): 1, (0, 1): 2, (-1, 0): 3, (1, 0): 4}
-"""Directions by the signs of their rows and columns."""
+"""Numbers of the directions, by the signs of their changes of row and column."""
 
 Targets = Int[np.ndarray, "F N probes"]
+"""Probe targets of a clip, int32, see ``probe_targets``."""
 
 
 def train_probes(
@@ -68,17 +75,20 @@ def train_probes(
     steps: int = STEPS,
     depth: int = DEPTH,
 ) -> Params:
-    """Trains aligned weights, and probes, to follow the things of clips.
+    """Trains the probes, and all weights but the later layers of the language model, on clips.
 
     Args:
-        config: a model whose frames have one visual token for each cell of a scene's grid.
-        params: float32 weights, see ``align``.
+        config: shapes of a model whose frames have one visual token for each cell of a scene's
+            grid, and whose visual segment ends in its only newline.
+        params: weights of the model after ``align``, in float32.
         progress: called after each step.
-        steps: number of training steps, each on fresh clips.
-        depth: number of layers of the language model that are trained.
+        steps: number of training steps, at least 1, each on new clips.
+        depth: number of layers of the language model, from the first, that are trained; in
+            1..layers.
 
     Returns:
-        The weights after it, and the probes under ``PROBES``. The layers above are not touched.
+        All weights after the last step, in float32, with the probes under ``PROBES``. The layers
+        from ``depth`` on are unchanged.
     """
     upper = tuple(f"language_model.layers.{i}." for i in range(depth, config.text.num_layers))
     frozen = {p: x for p, x in params.items() if p.startswith(upper)}
@@ -101,7 +111,7 @@ def train_probes(
         for layer in model.language_model.layers[:depth]:
             x = layer.prefill(x, rope, visual.valid)[0]
         targets = targets.reshape(targets.shape[0], -1, len(_PROBED))
-        # The norm keeps the probes from seeing how large the states have grown.
+        # The norm makes the loss independent of the scale of the states.
         x = model.language_model.norm(x[:, : targets.shape[1]])
         return probe_loss(x, trained[PROBES], targets)
 
@@ -114,7 +124,7 @@ def train_probes(
 
     return {
         **frozen,
-        **fit(trained, loss, batch, steps, _LEARNING_RATE, "following things", progress),
+        **fit(trained, loss, batch, steps, _LEARNING_RATE, "training probes", progress),
     }
 
 
@@ -123,7 +133,8 @@ class ProbeLoss:
     """The probe loss as an auxiliary loss (see ``training.loss.AuxiliaryLoss``).
 
     Attributes:
-        depth: number of layers, from the first, whose output the probes read.
+        depth: number of layers, from the first, after which the probes read the states; in
+            1..layers-1.
     """
 
     depth: int = DEPTH
@@ -131,11 +142,11 @@ class ProbeLoss:
     def read(
         self, number: int, layer: Qwen2Layer, x: Float[Array, "B T D"], forward: Forward
     ) -> Float[Array, "B M D"] | None:
-        """The normed states of the visual tokens."""
+        """The normalised states of the kept visual tokens after ``depth`` layers, else None."""
         if number != self.depth:
             return None
         first = forward.visual_slots.start
-        # In the layout of the tiny model the newline comes last.
+        # The tiny model has a single newline, which comes after the visual tokens.
         tokens = forward.visual.valid.shape[1] - 1
         return forward.model.language_model.norm(x[:, first : first + tokens])
 
@@ -145,7 +156,7 @@ class ProbeLoss:
         forward: Forward,
         targets: Int[Array, "B F N probes"],
     ) -> Float[Array, ""]:
-        """The weighted loss of the tokens that were kept; ``targets`` are of all tokens."""
+        """The probe loss of the kept tokens times ``WEIGHT``; ``targets`` cover all tokens."""
         targets = targets.reshape(targets.shape[0], -1, targets.shape[-1])
         if forward.kept is not None:
             targets = jnp.take_along_axis(targets, forward.kept[:, :, None], axis=1)
@@ -153,7 +164,7 @@ class ProbeLoss:
 
 
 def probes_shape(config: LlavaConfig) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the weights under ``PROBES``: [D, probes, values]."""
+    """Shape [D, probes, values] and dtype float32 of the weights under ``PROBES``."""
     return jax.ShapeDtypeStruct((config.text.hidden_size, len(_PROBED), _VALUES), jnp.float32)
 
 
@@ -164,11 +175,17 @@ def probe_loss(
 ) -> Float[Array, ""]:
     """Weighted mean of the probes' cross entropies, in nats.
 
+    Row, column, shape, directions, order and met have weight 1 where a thing is (a direction that
+    is not "none" has more) and 0 elsewhere. Colour has weight 1 where a thing is, gone has weight 1
+    where a brief thing was, and both have ``EMPTY_WEIGHT`` elsewhere.
+
     Args:
-        states: normed states of visual tokens.
-        probes: a linear map from a state to scores of the values of each probe.
-        targets: the right value of each probe, see ``probe_targets``. Places where a thing is or
-            was have weight 1, directions more, empty places little.
+        states: states of visual tokens after the final norm of the language model.
+        probes: linear maps from a state to the logits of the values of each probe.
+        targets: the right value of each probe, in 0..values-1, see ``probe_targets``.
+
+    Returns:
+        The loss as a scalar.
     """
     is_thing = targets[..., _COLOUR, None] > 0
     weights = jnp.where(is_thing, 1.0, 0.0)
@@ -182,11 +199,12 @@ def probe_loss(
 
 
 def probe_targets(scene: Scene) -> Targets:
-    """What is known of each place of each frame from that frame and the frames before it.
+    """Probe targets for each cell of each frame, from that frame and the frames before it.
 
     Returns:
-        For each of row, column, colour, shape, first and second direction, order of appearance,
-        colour met, and colour of the brief thing that is gone: a number from 1, or 0 for none.
+        An int32 array with, for each cell: row, column, colour, shape, first and second direction,
+        order of appearance, colour met, and colour of the brief thing that is gone. Each is a
+        number from 1, or 0 for none. N counts the cells of the grid in raster order.
     """
     targets = np.zeros((scene.frames, GRID, GRID, len(_PROBED)), np.int32)
     targets[..., 0] = np.arange(1, GRID + 1)[:, None]
@@ -196,7 +214,7 @@ def probe_targets(scene: Scene) -> Targets:
         for since, cell in enumerate(thing.cells):
             ways = _ways(thing, since)
             met = COLOURS.index(thing.meets) + 1 if thing.meets and cell == thing.cells[-1] else 0
-            # Half-way between two cells a thing lies on both; the later one lies on top.
+            # A thing half-way between two cells covers both. A later thing hides an earlier one.
             rows, columns = (slice(int(np.floor(value)), int(np.ceil(value)) + 1) for value in cell)
             targets[thing.appears + since, rows, columns, 2:8] = (*named, *ways, order, met)
         if thing.is_brief:
@@ -207,7 +225,7 @@ def probe_targets(scene: Scene) -> Targets:
 
 
 def _ways(thing: Thing, since: int) -> tuple[int, int]:
-    """First and second direction of a thing until some frames after it appeared."""
+    """First and second direction of a thing up to ``since`` frames after its appearance."""
     ways: list[int] = []
     for before, after in pairwise(thing.cells[: since + 1]):
         moved = int(np.sign(after.row - before.row)), int(np.sign(after.column - before.column))

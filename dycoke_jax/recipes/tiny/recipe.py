@@ -1,4 +1,4 @@
-"""Settings of the recipe, and the whole of it: what ``dycoke-jax train-tiny`` does."""
+"""Settings of the recipe, and the function that runs it for ``dycoke-jax train-tiny``."""
 
 import dataclasses
 import tempfile
@@ -28,17 +28,20 @@ _PICTURES = Stage(0, SceneSettings(1, 2, 6), BatchShape(24, accumulate=1, width=
 _SHORT = Stage(0, _ALL, _CLIPS, _HALF_MERGED, short=True)
 
 STAGES = (
-    # Most answer tokens of the whole task are those of its long answers, so what the short ones
-    # need is practised first. Single pictures help: there, things are soon found by their shape.
+    # Most answer tokens of the task belong to its long answers, so short questions come first, for
+    # what their answers need. Single pictures help: there the model soon learns to find things by
+    # their shape.
     Stage(500, _FEW, _CLIPS, short=True),
     Stage(400, _FEW, _CLIPS, short=True, other=_PICTURES),
-    # The whole task.
+    # All questions of the task.
     Stage(2100, _ALL, _CLIPS, _HALF_DROPPED),
-    # The directions of several moving things are still confused, so short questions return.
+    # The model still confuses the directions of several moving things, so every second step has
+    # short questions again.
     Stage(800, _ALL, _CLIPS, _HALF_MERGED, other=_SHORT),
-    # The layer that chooses for KV pruning learns to attend to what later layers read.
+    # Attention distillation prepares the model for KV pruning.
     Stage(800, _ALL, _CLIPS, _HALF_MERGED, distilled_layer=DyCoke().layer),
 )
+"""The stages of fine-tuning, in order."""
 OPTIMISATION = Optimisation(
     steps=sum(stage.steps for stage in STAGES),
     learning_rate=2e-3,
@@ -46,21 +49,30 @@ OPTIMISATION = Optimisation(
     tower=0,
     projector=0,
 )
+"""Settings of the optimiser in fine-tuning. The last two stages each start a new cycle."""
 
 
 def train_tiny(
     folder: Path, intervals: Intervals, seed: int = 0, progress: Progress | None = None
 ) -> Path:
-    """Makes the tiny model anew, or goes on where a run in the folder was cut off.
+    """Trains the tiny model from random weights, or resumes an interrupted run.
+
+    An interrupted run is resumed from its last checkpoint of fine-tuning; before the first of them,
+    it starts from the beginning.
 
     Args:
-        folder: of the run.
-        intervals: how often the run logs, evaluates and saves.
-        seed: of everything random.
-        progress: called after each step of each stage.
+        folder: folder of the run; it is made if absent.
+        intervals: how often fine-tuning logs, evaluates and saves.
+        seed: seed of the random weights, the clips and token dropping, 0 or more.
+        progress: called after each training step.
 
     Returns:
         The folder of the trained model.
+
+    Raises:
+        ConfigError: if the folder holds a run with other settings.
+        CheckpointError: if the folder holds other files, cannot be written, or holds a checkpoint
+            that cannot be read.
     """
     with tempfile.TemporaryDirectory() as files:
         save_task_tokenizer(Path(files))
@@ -91,21 +103,29 @@ def train_tiny(
 
 
 def initial(tokenizer: Tokenizer, seed: int = 0, progress: Progress | None = None) -> Params:
-    """The weights that fine-tuning starts from: random ones after both pre-training stages.
+    """Runs both pre-training stages on random weights.
 
     Args:
-        tokenizer: see ``save_task_tokenizer``.
-        seed: of the random weights.
-        progress: called after each pre-training step.
+        tokenizer: the tokenizer that ``save_task_tokenizer`` writes.
+        seed: seed of the random weights, 0 or more.
+        progress: called after each training step.
+
+    Returns:
+        The weights that fine-tuning starts from, in float32, and the probes under
+        ``probes.PROBES``.
     """
     aligned = alignment.align(TINY, random_weights(seed), tokenizer, progress)
     return probes.train_probes(TINY, aligned, progress)
 
 
 def random_weights(seed: int) -> Params:
-    """Random weights, of a larger scale than large models start from.
+    """Random float32 weights of the tiny model, of a larger scale than usual.
 
-    Layers as narrow as these would learn slowly at first with the usual scale.
+    The scale of a matrix is 0.7 / sqrt(fan-in). With the usual 0.02, layers as narrow as these
+    learn slowly at first. Embeddings keep the usual scale.
+
+    Args:
+        seed: seed of the weights, 0 or more.
     """
     params = {}
     for path, weight in random_params(TINY, seed).items():

@@ -1,4 +1,4 @@
-"""The stages of fine-tuning on the built-in task, as a source of training steps."""
+"""The fine-tuning stages on the built-in task, as a source of training data."""
 
 from dataclasses import dataclass, field
 
@@ -21,16 +21,18 @@ from dycoke_jax.training.token_dropping import TokenDroppingMix
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps of fine-tuning.
+    """A fine-tuning stage: a number of steps with the same kind of data and losses.
 
     Attributes:
-        steps: how many.
-        scenes: what the clips show.
-        shape: of a step.
-        dropping: how often visual tokens are dropped.
-        short: ask short questions about every thing instead of those of the task.
-        distilled_layer: ``pruned_layer`` of attention distillation; 0: no distillation.
-        other: gives the data of every second step; its own ``steps`` do not count.
+        steps: number of steps, 0 or more.
+        scenes: number of frames of a clip and of things in it.
+        shape: sizes of a training step.
+        dropping: shares of the steps that drop visual tokens.
+        short: whether the questions are short ones about every thing (``short_questions``) instead
+            of those of the task.
+        distilled_layer: ``AttentionDistillation.pruned_layer``, or 0 for no attention distillation.
+        other: a stage that gives the data and losses of every second step, or None. Its own
+            ``steps`` and ``other`` are ignored.
     """
 
     steps: int
@@ -42,24 +44,28 @@ class Stage:
     other: "Stage | None" = None
 
     def turn(self, step: int) -> "Stage":
-        """Which of the two gives the data of a step, counted from the stage's first."""
+        """The stage that gives the data of a step: ``self``, or ``other`` for odd steps.
+
+        Args:
+            step: number of the step, counted from 0 at the first step of the stage.
+        """
         return self.other if self.other and step % 2 else self
 
     @property
     def clips(self) -> int:
-        """Clips that a step draws at most."""
+        """Largest number of clips that a step of the stage takes."""
         return max(self.shape.examples, self.other.shape.examples if self.other else 0)
 
 
 @dataclass(frozen=True)
 class StagedSource:
-    """Fresh clips of the built-in task at every step, stage after stage, with probe targets.
+    """A source of new clips of the built-in task at each step, with probe targets.
 
     Attributes:
-        tokenizer: the model's.
-        size: pixels a side that the tower takes.
-        stages: one after another.
-        seed: of the clips and of dropping.
+        tokenizer: the tokenizer of the model.
+        size: height and width of the input of the vision tower, in pixels.
+        stages: the stages, in the order in which they run.
+        seed: seed of the clips and of token dropping, 0 or more.
     """
 
     tokenizer: Tokenizer
@@ -68,7 +74,12 @@ class StagedSource:
     seed: int = 0
 
     def step(self, number: int) -> StepData:
-        """The data of a step; see ``training.sources.Source``."""
+        """The data of a step, see ``training.sources.Source.step``.
+
+        Raises:
+            ConfigError: if the step lies beyond the last stage.
+            RequestError: if the first question of a clip does not fit into a row.
+        """
         first_clip, first_step = self.seed << 40, 0
         for stage in self.stages:
             if number < first_step + stage.steps:
@@ -92,7 +103,7 @@ class StagedSource:
         )
 
     def _clip(self, stage: Stage, number: int) -> tuple[Example, np.ndarray]:
-        """A clip with its questions and its probe targets."""
+        """A clip with its questions, and its probe targets."""
         clip = task_clip("train", number, stage.scenes)
         scene, questions = clip.scene, clip.questions
         if stage.short:

@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny model: bytes, and the commonest pieces of the task's texts."""
+"""The tokenizer of the tiny model: byte-level BPE, trained on the texts of the built-in task."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,14 @@ from dycoke_jax.tasks.task import task_clip
 
 
 def save_task_tokenizer(folder: Path) -> None:
-    """Trains the tokenizer and writes its files into a folder."""
+    """Trains the tokenizer and writes its files into a folder.
+
+    The result is the same at every call. Its vocabulary has ``TINY.text.vocab_size`` tokens at
+    most, control tokens included.
+
+    Args:
+        folder: the folder to write into.
+    """
     backend = byte_tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=TINY.text.vocab_size - len(CONTROL_TOKENS),
