@@ -13,7 +13,9 @@ from dycoke_jax.evaluation.settings import HEADLINES
 from dycoke_jax.tasks.questions import KINDS
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 ACCURACY = ROOT / "docs" / "accuracy.md"
+PAGES = (README, ACCURACY, ROOT / "docs" / "architecture.md")
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +43,52 @@ def test_table_holds_the_stored_figures(stored):
             assert table[kind][column] == f"{100 * result['kinds'][kind]['accuracy']:.0f}"
     for kind in KINDS:
         assert table[kind][0] == f"{100 * stored['blind'][kind]:.0f}"
+    asked = {kind: stored["settings"]["full"]["kinds"][kind]["asked"] for kind in KINDS}
+    blind = sum(stored["blind"][kind] * asked[kind] for kind in KINDS) / sum(asked.values())
+    assert table["all questions"][0] == f"{100 * blind:.1f}"
 
 
-def test_text_names_the_number_of_questions(stored):
+def test_text_names_the_numbers_of_clips_and_questions(stored):
+    clips = stored["evaluation"]["clips"]
     asked = stored["settings"]["full"]["all"]["asked"]
-    assert re.search(rf"{asked:,} questions", ACCURACY.read_text())
+    assert f"{clips:,} held-out clips, {asked:,} questions" in ACCURACY.read_text()
 
 
 def test_readme_has_the_stored_headline_figures(stored):
-    text = " ".join((ROOT / "README.md").read_text().split())
-    percent = {
-        name: f"{100 * stored['settings'][name]['all']['accuracy']:.1f} %" for name in HEADLINES
-    }
-    full, dycoke, random, _ = HEADLINES
-    assert f"{percent[full]} of the answers without compression" in text
-    assert f"{percent[dycoke]} with DyCoke" in text
-    assert f"at random leaves {percent[random]}" in text
-    assert f"{stored['settings'][full]['all']['asked']:,} questions" in text
+    text = " ".join(README.read_text().split())
+    full, dycoke, random, _ = (stored["settings"][name] for name in HEADLINES)
+    percent = [f"{100 * result['all']['accuracy']:.1f} %" for result in (full, dycoke, random)]
+    clips, asked = stored["evaluation"]["clips"], full["all"]["asked"]
+    assert f"{clips:,} held-out made-up clips with {asked:,} questions" in text
+    assert f"{percent[0]} correctly without compression" in text
+    assert f"{percent[1]} with DyCoke" in text
+    assert f"keeps {dycoke['merged']:.0f} of {full['merged']:.0f} visual tokens" in text
+    assert f"attends to {dycoke['attended']:.0f} per step" in text
+    assert f"dropped at random it is {percent[2]}" in text
+    assert random["merged"] == pytest.approx(dycoke["merged"])
 
 
-def test_readme_is_short_and_its_links_exist():
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 120
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert links
-    assert all((ROOT / link).exists() for link in links)
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_exist(page):
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_readme_links_to_the_other_pages():
+    links = re.findall(r"\]\(([^)]+)\)", README.read_text())
+    assert {"docs/accuracy.md", "docs/architecture.md"} <= set(links)
+
+
+def test_readme_table_names_what_exists():
+    places = re.search(r"^## Where things are\n(.*?)^## ", README.read_text(), re.M | re.S)
+    assert places
+    names = re.findall(r"`([\w/]+/|\w+\.py)`", places[1])
+    package = ROOT / "dycoke_jax"
+    missing = [n for n in names if not (package / n).exists() and not (ROOT / n).exists()]
+    assert len(names) >= 16
+    assert not missing

@@ -73,7 +73,7 @@ def test_transformers_gives_the_same_greedy_answers(model):
 
 @pytest.mark.slow
 def test_compression_costs_little_and_dropping_blindly_much(model):
-    """On 60 clips, so with some room; the README has the figures of 1,000."""
+    """On 60 clips, so with some room; docs/accuracy.md has the figures of 1,000."""
     clips = [task_clip("test", 2000 + number) for number in range(60)]
     accuracy = {
         name: evaluate(model, clips, name, compression).whole.accuracy
