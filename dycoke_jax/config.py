@@ -1,6 +1,6 @@
-"""Model configurations, and presets for released sizes.
+"""Model configurations, and presets for the released model sizes.
 
-``checkpoint.hf_config`` reads and writes them as ``config.json``.
+``checkpoint.hf_config`` converts them from and to ``config.json``.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from dycoke_jax.errors import ConfigError
 
 PoolMode = Literal["bilinear", "average", "max"]
 Newline = Literal["one_token", "grid", "frame", "no_token"]
-"""Where the learned newline vector goes among the visual tokens of a clip.
+"""Where the learned newline vector is inserted among the visual tokens of a clip.
 
 ``one_token``: once, after the last frame. ``grid``: after every row of every frame.
 ``frame``: after every frame. ``no_token``: nowhere.
@@ -20,12 +20,15 @@ Newline = Literal["one_token", "grid", "frame", "no_token"]
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A SigLIP vision tower without its head, cut after ``num_layers`` blocks."""
+    """A SigLIP vision tower without its pooling head, run for its first ``num_layers`` blocks.
+
+    ``image_size`` and ``patch_size`` are the side of a frame and of a patch, in pixels.
+    """
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
     num_layers: int = 26
-    """Blocks that are run: one fewer than the published tower's 27."""
+    """Number of blocks that are run; LLaVA runs all but the last of the published tower's 27."""
     num_heads: int = 16
     patch_size: int = 14
     image_size: int = 384
@@ -45,13 +48,16 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along each side of a frame (27 for 384 / 14; a remainder is cut off)."""
+        """Patches along each side of a frame: ``image_size // patch_size``, 27 for 384 and 14."""
         return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Qwen2 language model."""
+    """A Qwen2 language model.
+
+    ``max_positions`` is the longest sequence in tokens that the model was trained for.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -78,7 +84,17 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A LLaVA-OneVision or LLaVA-Video model."""
+    """A LLaVA-OneVision or LLaVA-Video model.
+
+    Attributes:
+        vision: the vision tower.
+        text: the language model.
+        pool_mode: how the patch features of a frame are pooled spatially: by bilinear
+            interpolation, or by the average or maximum of each window.
+        pool_stride: factor by which pooling shrinks each side of the patch grid, from 1 to the
+            patches along a side.
+        newline: where the learned newline vector is inserted.
+    """
 
     vision: VisionConfig
     text: TextConfig
@@ -97,15 +113,15 @@ class LlavaConfig:
 
     @property
     def frame_grid(self) -> tuple[int, int]:
-        """Rows and columns of visual tokens of a frame after pooling."""
+        """Rows and columns of a frame's visual tokens after pooling."""
         grid, stride = self.vision.grid, self.pool_stride
-        # Interpolation rounds the size up, window pooling drops what does not fill a window.
+        # Interpolation rounds the size up; window pooling discards an incomplete last window.
         side = -(-grid // stride) if self.pool_mode == "bilinear" else grid // stride
         return side, side
 
     @property
     def tokens_per_frame(self) -> int:
-        """N: visual tokens of a frame after pooling, newlines not counted."""
+        """N: number of visual tokens of a frame after pooling, without newline vectors."""
         rows, columns = self.frame_grid
         return rows * columns
 
@@ -186,7 +202,7 @@ TINY = LlavaConfig(
         max_positions=4096,
     ),
 )
-"""The tiny model that ships: 1.3 million weights, 16 visual tokens a frame."""
+"""The tiny model included in the package: 1.3 million weights, 16 visual tokens a frame."""
 
 PRESETS = {
     "tiny": TINY,
@@ -196,4 +212,4 @@ PRESETS = {
     "video-7b": VIDEO_7B,
     "video-72b": VIDEO_72B,
 }
-"""The names by which the command line knows these."""
+"""The presets by the names that the command line accepts."""

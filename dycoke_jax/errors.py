@@ -1,7 +1,7 @@
-"""Errors whose message is meant for the person at the keyboard.
+"""The errors that this package raises on bad input.
 
-Each message is one line (a checkpoint report may have several) that names the offending thing and
-says what to do. The command line prints it without a traceback and exits with code 2.
+The message is written for the user: one line (several for a checkpoint report) that names the cause
+and the remedy. The command line prints it without a traceback and exits with code 2.
 """
 
 
@@ -10,15 +10,15 @@ class DycokeError(Exception):
 
 
 class ConfigError(DycokeError, ValueError):
-    """A configuration or setting that cannot be honoured."""
+    """A configuration or setting that is invalid or not supported."""
 
 
 class CheckpointError(DycokeError):
-    """A checkpoint that cannot be found, read or mapped."""
+    """A checkpoint that cannot be found, read or written, or does not fit its configuration."""
 
 
 class VideoError(DycokeError):
-    """A clip that cannot be read as video."""
+    """A file or array that cannot be read as a video clip."""
 
 
 class PromptError(DycokeError, ValueError):
@@ -26,8 +26,8 @@ class PromptError(DycokeError, ValueError):
 
 
 class RequestError(DycokeError, ValueError):
-    """A combination of arguments that does not make a request."""
+    """A combination of arguments that is not a valid request."""
 
 
 class OutputError(DycokeError):
-    """A result that cannot be written where it should go."""
+    """A result that cannot be written to its destination."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and JSON files read with a clear error."""
+"""Atomic writing of files and folders, and reading of JSON files with a clear error."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from dycoke_jax.errors import CheckpointError, DycokeError, OutputError
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file, or leaves what was there before.
+    """Writes a file atomically; if that fails, a file that was there before is unchanged.
 
     Raises:
-        OutputError: if the folder is missing or does not let it.
+        OutputError: if the folder is missing or the file cannot be written.
     """
     temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(4)}"
     try:
@@ -29,7 +29,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuses, before long work, a path where ``write_file`` is bound to fail.
+    """Checks, before a long task starts, that ``write_file`` can write to a path.
 
     Raises:
         OutputError: if the folder is missing or not writable, or the path is a folder.
@@ -44,10 +44,10 @@ def check_writable(path: Path) -> None:
 
 
 def absent(destination: str | Path) -> Path:
-    """The absolute path of a folder that is to be made.
+    """Returns the absolute path of a folder to be created, after checking that it is unused.
 
     Raises:
-        CheckpointError: if something is there already.
+        CheckpointError: if the path exists already.
     """
     path = Path(destination).expanduser().absolute()
     if path.exists() or path.is_symlink():
@@ -57,13 +57,15 @@ def absent(destination: str | Path) -> Path:
 
 @contextmanager
 def staged_folder(destination: Path) -> Iterator[Path]:
-    """A new hidden folder beside the destination, renamed to it when the block ends well.
+    """Creates a hidden temporary folder, renamed to the destination when the block succeeds.
 
-    The folder is removed when the block raises anything, an interrupt included. A process that is
-    killed outright leaves it behind under its hidden name, never at the destination.
+    The temporary folder has the same parent as the destination. It is removed if the block raises,
+    including on KeyboardInterrupt. A process that is killed leaves it behind under its hidden name,
+    never at the destination.
 
     Raises:
-        CheckpointError: if the disk does not let it, or the destination has appeared meanwhile.
+        CheckpointError: if the folder cannot be written, or the destination has been created in
+            the meantime.
     """
     temporary = destination.parent / f".{destination.name}.tmp-{secrets.token_hex(4)}"
     try:
@@ -78,14 +80,14 @@ def staged_folder(destination: Path) -> Iterator[Path]:
 
 
 def read_json_object(path: Path, error: type[DycokeError] = CheckpointError) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Reads a JSON file whose content is an object.
 
     Args:
         path: the file.
-        error: class of the exception to raise.
+        error: the class of exception to raise.
 
     Raises:
-        DycokeError: of the class ``error``, if the file is absent, not JSON or not an object.
+        DycokeError: of class ``error``, if the file is missing, not JSON or not an object.
     """
     try:
         content = json.loads(path.read_bytes())

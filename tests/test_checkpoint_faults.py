@@ -130,7 +130,7 @@ def test_transposed_matrix(hf: Path):
 @pytest.mark.parametrize(("dtype", "code"), [(np.int8, "I8"), (np.float64, "F64")])
 def test_unsupported_dtype(hf: Path, dtype: type, code: str):
     change(hf, {NORM: np.ones(64, dtype)})
-    assert problems(hf)[1:] == [f"  wrong dtype: {NORM} is {code}; read are F32, F16, BF16"]
+    assert problems(hf)[1:] == [f"  wrong dtype: {NORM} is {code}; supported are F32, F16, BF16"]
 
 
 def test_tied_head_that_differs(tmp_path: Path):

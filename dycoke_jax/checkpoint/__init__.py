@@ -1,8 +1,9 @@
-"""Weights on disk: found, checked, loaded, converted and exported.
+"""Finds, checks, loads, converts and exports checkpoints.
 
-Two kinds of folder hold a model. A Hugging Face folder has ``config.json`` and safetensors files in
-any of three layouts of names; a converted folder has the same ``config.json`` and an Orbax
-checkpoint under ``params/``. Both load to the same flat dictionary, dotted path to array.
+A checkpoint is a folder of one of two kinds. A Hugging Face folder has ``config.json`` and
+safetensors files whose tensor names follow one of three layouts; a converted folder has the same
+``config.json`` and an Orbax checkpoint under ``params/``. Both load to the same flat dictionary
+from dotted path to array.
 """
 
 from dycoke_jax.checkpoint.conversion import convert, export

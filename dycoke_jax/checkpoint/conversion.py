@@ -1,4 +1,4 @@
-"""Converts checkpoints to Orbax and back to the llava-hf layout."""
+"""Converts checkpoints to Orbax, and exports them to the llava-hf layout."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ _COMPANIONS = (
     "video_preprocessor_config.json",
     "generation_config.json",
 )
-"""Files that travel with the weights: tokenizer, processors, generation settings."""
+"""Files copied along with the weights: tokenizer, processors, generation settings."""
 
 
 def convert(
@@ -47,20 +47,22 @@ def convert(
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Converts a checkpoint to a folder with an Orbax checkpoint, bit for bit unless cast.
+    """Converts a checkpoint to a folder with an Orbax checkpoint.
 
-    ``dst`` gets the source's ``config.json`` unchanged, the tokenizer and processor files, and
-    ``params/``. Host memory stays at a few tensors, whatever the size of the model.
+    The tensors are bit-identical to the source's unless ``dtype`` casts them. ``dst`` receives the
+    source's ``config.json`` unchanged, the tokenizer and processor files, and ``params/``. Host
+    memory holds a few tensors at a time, whatever the size of the model.
 
     Args:
-        src: folder or hub id, any layout.
-        dst: a folder that does not exist; it appears when all is written.
-        dtype: float32, float16 or bfloat16; None keeps the dtype of each tensor.
-        progress: called after each tensor with the bytes converted, as stored in the source.
+        src: folder or hub id of a checkpoint, in any layout.
+        dst: a folder that does not exist yet; it is created once everything is written.
+        dtype: float32, float16 or bfloat16; None leaves the dtype of each tensor unchanged.
+        progress: called after each tensor; counts bytes as stored in the source.
 
     Raises:
-        CheckpointError: when ``dst`` exists, or listing everything that is wrong with ``src``.
-        ConfigError: when the model is not supported.
+        CheckpointError: if ``dst`` exists or cannot be written, or with a list of all problems of
+            ``src``.
+        ConfigError: if the model is not supported.
 
     Warns:
         CheckpointWarning: once, naming the tensors that hold NaN or infinity.
@@ -87,20 +89,23 @@ def export(
 ) -> None:
     """Writes a checkpoint in the llava-hf layout, as transformers saves it.
 
-    Bit for bit the source's tensors unless cast. What the source's format has no place for is made:
-    a final norm of the vision tower that does nothing, where there is none (transformers wants one;
-    its output is not used), and ``config.json`` where the source's is of the lmms-lab dialect.
+    The tensors are bit-identical to the source's unless ``dtype`` casts them. Two things are
+    generated where the source lacks them: the vision tower's final layer norm, with scale 1 and
+    shift 0 (transformers requires the weights but does not use the norm's output), and a llava-hf
+    ``config.json`` where the source's is in the lmms-lab format.
 
     Args:
-        src: folder or hub id, any layout; also a converted folder.
-        dst: a folder that does not exist; it appears when all is written.
-        dtype: float32, float16 or bfloat16; None keeps the dtype of each tensor.
-        max_shard_bytes: tensor data above this is split over several files with an index.
-        progress: called after each tensor with the bytes converted, as stored in the source.
+        src: folder or hub id of a checkpoint, in any layout, or a converted folder.
+        dst: a folder that does not exist yet; it is created once everything is written.
+        dtype: float32, float16 or bfloat16; None leaves the dtype of each tensor unchanged.
+        max_shard_bytes: largest tensor data of a file, in bytes; beyond it the tensors are split
+            into shards with an index.
+        progress: called after each tensor; counts bytes as stored in the source.
 
     Raises:
-        CheckpointError: when ``dst`` exists, or listing everything that is wrong with ``src``.
-        ConfigError: when the model is not supported.
+        CheckpointError: if ``dst`` exists or cannot be written, or with a list of all problems of
+            ``src``.
+        ConfigError: if the model is not supported.
 
     Warns:
         CheckpointWarning: once, naming the tensors that hold NaN or infinity.
@@ -111,7 +116,7 @@ def export(
     is_llava_hf = source_config["model_type"] == "llava_onevision"
     weights = with_post_norm(source.weights())
     if not is_llava_hf:
-        # The configuration that is made says nothing of a head or of blocks that are not run.
+        # The generated configuration describes neither the pooling head nor the blocks not run.
         weights = replace(weights, carried={path: weights.carried[path] for path in POST_NORM})
     infos = {
         path: replace(info, dtype=wanted or info.dtype)
@@ -143,7 +148,10 @@ def _prepared(
     progress: Progress | None,
     not_finite: list[str],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Streams tensors cast; notes those that are not finite; tells progress once each is used."""
+    """Yields cast tensors and their paths; appends paths with NaN or infinity to ``not_finite``.
+
+    ``progress`` is called for a tensor once the consumer asks for the next one.
+    """
     infos = {**weights.params, **weights.carried}
     total, done = sum(infos[path].nbytes for path in paths), 0
     for path, array in weights.stream(paths):
@@ -151,14 +159,17 @@ def _prepared(
         if not is_finite(array):
             not_finite.append(path)
         yield path, array
-        del array  # before the next is read: it may be the largest of the model
+        del array  # Free it before the next is read: it may be the largest of the model.
         done += infos[path].nbytes
         if progress:
             progress("converting" + BYTES, done, total)
 
 
 def with_post_norm(weights: Weights) -> Weights:
-    """The weights with ones and zeros for the tower's final norm where the source has none."""
+    """Adds an identity final layer norm of the vision tower where the source has none.
+
+    Its scale is 1 and its shift 0, with the shape and dtype of the first block's norm.
+    """
     like = weights.params["vision_tower.layers.0.layer_norm1.weight"]
     made = {path: like for path in POST_NORM if path not in weights.carried}
 
@@ -174,14 +185,15 @@ def with_post_norm(weights: Weights) -> Weights:
 
 
 def _copy_config(source: Path, target: Path, config: Mapping[str, Any], dtype: np.dtype) -> None:
-    """Copies config.json unchanged, unless it names another dtype than the weights now have."""
+    """Copies ``config.json``, rewritten only if its dtype differs from that of the weights."""
     if all(config.get(key, dtype.name) == dtype.name for key in _DTYPE_KEYS):
         shutil.copyfile(source / CONFIG, target / CONFIG)
     else:
         write_config(target, _with_dtype(config, dtype.name))
 
 
-# transformers casts what it loads to this; 4 writes the first key and 5 the second.
+# transformers casts the weights that it loads to this dtype; version 4 writes the first key,
+# version 5 the second.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
@@ -195,12 +207,12 @@ def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Writes ``config.json``."""
+    """Writes ``config.json`` into a folder."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies the files that travel with the weights: tokenizer, processors, chat template."""
+    """Copies the tokenizer, processor, chat template and generation settings files."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():

@@ -1,4 +1,4 @@
-"""A short name for weights, the same wherever and however they were stored."""
+"""A fingerprint of a model's weights that does not depend on how they were stored."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from dycoke_jax.models.llava import Params
 
 
 def fingerprint(params: Params) -> str:
-    """16 hexadecimal digits that depend on every weight's path, shape, dtype and bits."""
+    """Returns 16 hexadecimal digits of a SHA-256 over the paths, dtypes, shapes and bits."""
     digest = hashlib.sha256()
     for path, weight in sorted(params.items()):
         digest.update(f"{path} {weight.dtype} {weight.shape}".encode())

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: of which kind it is, its configuration, and its weights."""
+"""Opens the folder of a checkpoint: its kind, its configuration and its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ class Folder:
     """A folder that holds the weights of a model.
 
     Attributes:
-        path: absolute path.
+        path: absolute path of the folder.
         config: the model's configuration.
-        kind: "hf" for safetensors in any layout, "orbax" for a converted folder.
+        kind: "hf" for safetensors files in any layout, "orbax" for a converted folder.
     """
 
     path: Path
@@ -30,10 +30,13 @@ class Folder:
     kind: Literal["hf", "orbax"]
 
     def weights(self) -> Weights:
-        """Checks the folder's contents against its configuration; reads no tensor yet.
+        """Checks the stored tensors against the configuration, without reading their data.
+
+        The one exception are the output head and the embedding of a model that ties them: where
+        both are stored, they are compared.
 
         Raises:
-            CheckpointError: listing everything that is wrong.
+            CheckpointError: with a list of all problems.
         """
         opener = orbax_weights if self.kind == "orbax" else hf_weights
         return opener(self.path, self.config)
@@ -43,11 +46,11 @@ def open_folder(name_or_path: str | Path) -> Folder:
     """Finds the folder of a checkpoint and reads its configuration.
 
     Args:
-        name_or_path: a folder, or a hub id ``org/name``, which is downloaded.
+        name_or_path: a folder, or a hub id ``org/name``, which is downloaded if not cached.
 
     Raises:
-        CheckpointError: if it cannot be found or config.json cannot be read.
-        ConfigError: if config.json describes something that is not supported.
+        CheckpointError: if the checkpoint cannot be found or ``config.json`` cannot be read.
+        ConfigError: if ``config.json`` describes a model that is not supported.
     """
     path = locate(name_or_path)
     config = read_config(read_json_object(path / CONFIG))

@@ -1,7 +1,7 @@
-"""Reads ``config.json`` in both dialects and writes the llava-hf one.
+"""Reads ``config.json`` in the lmms-lab and llava-hf formats, and writes it in the latter.
 
-A setting that changes what the model computes and is not implemented here is refused by name; it is
-never ignored. Sources: the lmms-lab (LLaVA-NeXT) and llava-hf configuration files.
+A setting that changes what the model computes and is not implemented here raises an error that
+names it; it is never ignored. Sources: the published lmms-lab (LLaVA-NeXT) and llava-hf files.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from dycoke_jax.errors import ConfigError
 
 
 def read_config(config: Mapping[str, Any]) -> LlavaConfig:
-    """Reads a parsed ``config.json`` of either dialect.
+    """Makes a model configuration of a parsed ``config.json``.
 
     Args:
-        config: lmms-lab (``model_type`` llava or llava_qwen) or llava-hf (llava_onevision).
+        config: the file's content, in the lmms-lab format (``model_type`` llava or llava_qwen) or
+            the llava-hf format (llava_onevision).
 
     Raises:
         ConfigError: naming the key and value that are missing, malformed or not supported.
@@ -35,10 +36,11 @@ def read_config(config: Mapping[str, Any]) -> LlavaConfig:
 
 
 def llava_hf_config(model: LlavaConfig) -> dict[str, Any]:
-    """The content of ``config.json`` in the llava-hf layout, as transformers reads it.
+    """Returns the content of ``config.json`` in the llava-hf format, as transformers reads it.
 
-    transformers pools bilinearly with one newline only; what differs from that is written under
-    the lmms-lab names, which ``read_config`` honours and transformers ignores.
+    transformers implements only bilinear pooling with stride 2 and one newline vector per clip.
+    Other settings are written under their lmms-lab keys, which ``read_config`` reads and
+    transformers ignores.
     """
     vision, text = model.vision, model.text
     config: dict[str, Any] = {
@@ -61,7 +63,7 @@ def llava_hf_config(model: LlavaConfig) -> dict[str, Any]:
             "num_key_value_heads": text.num_kv_heads,
             "max_position_embeddings": text.max_positions,
             "rms_norm_eps": text.rms_norm_eps,
-            # transformers 4 reads the first, transformers 5 the second.
+            # transformers 4 reads the first key, transformers 5 the second.
             "rope_theta": text.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
             "tie_word_embeddings": text.tie_word_embeddings,
@@ -99,9 +101,10 @@ _SO400M = {
     "image_size": 384,
 }
 _TOWERS = {"google/siglip-so400m-patch14-384": _SO400M}
-"""Towers that lmms-lab files name without describing them."""
+"""Vision towers that lmms-lab files name without giving their sizes."""
 
-# What each key must be where it is present: the settings that would change the computation.
+# The values supported for each key, where a file has it. Other values would change what the model
+# computes.
 _TEXT_MUST_BE = {
     "hidden_act": ("silu",),
     "use_sliding_window": (False, None),
@@ -147,9 +150,9 @@ def _from_llava_hf(config: Mapping[str, Any]) -> LlavaConfig:
         raise ConfigError(
             f"vision_feature_layer is {layer!r}; supported is one layer of the {depth}-layer tower"
         )
-    # Layer 0 is the embedding's output, -1 the last block's: hidden_states[layer] of the tower.
+    # The value indexes the tower's hidden_states: 0 is the embedding's output, -1 the last block's.
     used = layer if layer >= 0 else depth + 1 + layer
-    # Published files hold this flag in either place; transformers ties when either says so.
+    # Published files have this flag in either place; transformers ties if either is set.
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     return LlavaConfig(
         vision=_vision(vision, used),
@@ -163,7 +166,7 @@ def _from_llava_hf(config: Mapping[str, Any]) -> LlavaConfig:
 def _from_lmms_lab(config: Mapping[str, Any]) -> LlavaConfig:
     _check(config, _LMMS_LAB_MUST_BE)
     name = config["mm_vision_tower"]
-    # A file may describe its tower, the last block included, as SigLIP's own config.json does.
+    # A file may describe its tower as SigLIP's own config.json does, counting the last block too.
     tower = _section(config, "vision_config") if "vision_config" in config else _TOWERS.get(name)
     if tower is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder, in any layout, checked against a configuration."""
+"""Opens the weights of a Hugging Face folder and checks them against a configuration."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -23,14 +23,18 @@ _HEAD, _EMBEDDING = "lm_head.weight", "language_model.embed_tokens.weight"
 
 
 def hf_weights(folder: Path, config: LlavaConfig) -> Weights:
-    """Opens and checks the safetensors files of a folder; reads headers only.
+    """Opens the safetensors files of a folder and checks them, reading only their headers.
 
-    One exception to that: where the configuration ties the head to the embedding and the files hold
-    a head all the same, the two are compared, and the copy is left out.
+    Tensor data is read in one case: if the configuration ties the output head to the embedding but
+    the files hold both, the two are compared and the head is left out.
+
+    Args:
+        folder: folder with safetensors files, in any layout.
+        config: the configuration that the weights must fit.
 
     Raises:
-        CheckpointError: listing every file that cannot be read and every tensor that is missing,
-            unknown, there twice, or of a wrong shape or dtype.
+        CheckpointError: with a list of all files that cannot be read and all tensors that are
+            missing, unknown, duplicate, or of a wrong shape or dtype.
     """
     report = Report()
     expected = {path: leaf.shape for path, leaf in abstract_params(config).items()}
@@ -40,7 +44,9 @@ def hf_weights(folder: Path, config: LlavaConfig) -> Weights:
         if files.tensors:
             first = next(iter(files.tensors))
             known = ", ".join(names.LAYOUTS)
-            report.add("unknown", f"none of the names ({first}, ...) is of a layout read ({known})")
+            report.add(
+                "unknown", f"no tensor name ({first}, ...) belongs to a supported layout ({known})"
+            )
         report.raise_if_any(folder)
         raise AssertionError("no tensors and no problem")
     if config.text.tie_word_embeddings:
@@ -58,8 +64,8 @@ def hf_weights(folder: Path, config: LlavaConfig) -> Weights:
             report.add(
                 "tied head",
                 f"{stored[_HEAD].name} differs from {stored[_EMBEDDING].name}, and the "
-                "configuration says that they are one; if both are wanted, set "
-                "tie_word_embeddings to false in config.json",
+                "configuration ties them; to use both, set tie_word_embeddings to false in "
+                "config.json",
             )
         report.raise_if_any(folder)
         del stored[_HEAD], infos[_HEAD], expected[_HEAD]
@@ -82,7 +88,10 @@ def _by_path(
     expected: Iterable[str],
     report: Report,
 ) -> dict[str, StoredTensor]:
-    """The tensors that are parameters or carried, by path; reports unknown and duplicate names."""
+    """Maps paths to the tensors that are parameters or carried.
+
+    Unknown and duplicate names are reported.
+    """
     expected = frozenset(expected)
     found: dict[str, list[StoredTensor]] = defaultdict(list)
     for name, tensor in files.tensors.items():
@@ -98,12 +107,12 @@ def _by_path(
 
 
 def _infos(stored: dict[str, StoredTensor], report: Report) -> dict[str, TensorInfo]:
-    """Shapes and dtypes; reports tensors that are not float32, float16 or bfloat16."""
+    """Returns shapes and dtypes; tensors not in float32, float16 or bfloat16 are reported."""
     infos = {}
     for path, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             report.add(
-                "wrong dtype", f"{tensor.name} is {tensor.dtype}; read are {', '.join(DTYPES)}"
+                "wrong dtype", f"{tensor.name} is {tensor.dtype}; supported are {', '.join(DTYPES)}"
             )
         infos[path] = TensorInfo(tensor.shape, DTYPES.get(tensor.dtype, DTYPES["F32"]))
     return infos

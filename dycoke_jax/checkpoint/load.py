@@ -1,4 +1,4 @@
-"""Loads the parameters of a model to the device."""
+"""Loads the parameters of a model onto the device."""
 
 from collections.abc import Iterator, Mapping
 
@@ -19,26 +19,28 @@ def load_params(
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
-    """Loads a checkpoint of either kind to jax's default device, a tensor (or group) at a time.
+    """Loads a checkpoint's parameters onto JAX's default device.
+
+    The host holds one tensor, or one small group of tensors, at a time.
 
     Args:
-        folder: where the weights are.
-        dtype: float32, float16 or bfloat16; None keeps the dtype in which each tensor is stored.
-        progress: called after each tensor with the bytes loaded, as stored.
+        folder: the opened folder of the checkpoint, of either kind.
+        dtype: float32, float16 or bfloat16; None leaves each tensor in its stored dtype.
+        progress: called after each tensor; counts bytes as stored.
 
     Returns:
-        Dotted path to array, exactly the tree of ``abstract_params(folder.config)``. What the model
-        does not use is not loaded.
+        A dictionary from dotted path to array with exactly the paths of
+        ``abstract_params(folder.config)``. Tensors that the model does not use are not loaded.
 
     Raises:
-        CheckpointError: listing everything that is wrong with the checkpoint.
+        CheckpointError: with a list of all problems of the checkpoint.
 
     Warns:
         CheckpointWarning: once, naming the tensors that hold NaN or infinity.
     """
     wanted = weight_dtype(dtype)
     weights = folder.weights()
-    # All on one device; a mesh would give each path a sharding of its own here.
+    # Everything goes to one device; with a mesh, each path would get its own sharding here.
     default = jnp.zeros(()).sharding
     targets = {
         path: jax.ShapeDtypeStruct(info.shape, wanted or info.dtype, sharding=default)

@@ -1,4 +1,4 @@
-"""Finds a checkpoint: a folder on this machine, or a repository on the Hugging Face hub."""
+"""Finds a checkpoint: a local folder, or a repository on the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -6,20 +6,20 @@ from pathlib import Path
 from dycoke_jax.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Weights as safetensors, configuration, tokenizer, chat template. Never code or pickles.
+# Safetensors weights, configuration, tokenizer and chat template; never code or pickles.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """The absolute path of a checkpoint's folder.
+    """Returns the absolute path of a checkpoint's folder, downloading it if needed.
 
     Args:
-        name_or_path: a folder, used as it is; or a hub id such as
-            ``lmms-lab/llava-onevision-qwen2-7b-ov``, which is downloaded to (or found in) the
-            hub's cache. The network is used for nothing else.
+        name_or_path: a folder, or a hub id such as ``lmms-lab/llava-onevision-qwen2-7b-ov``, which
+            is taken from the local hub cache or downloaded into it. The network is used for
+            nothing else.
 
     Raises:
-        CheckpointError: when it is neither, or the download fails.
+        CheckpointError: if it is neither a folder nor a hub id, or the download fails.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -33,7 +33,7 @@ def locate(name_or_path: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    # Imported here because only this needs it, and it is slow to import.
+    # Imported here because only downloads need it, and it is slow to import.
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -48,7 +48,7 @@ def _download(name: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         reason = "it is not in the cache and the hub cannot be reached"
         cause = error
-    # Connections that break, disks that fill up, tokens that are refused.
+    # Broken connections, full disks and rejected access tokens raise many types.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         cause = error

@@ -1,7 +1,12 @@
-r"""The names of tensors in each layout, as tables of regular expressions.
+r"""The tensor names of each checkpoint layout, as tables of regular expressions.
 
-Every layout maps to the paths of this package (``language_model.layers.0.mlp.up_proj.weight``); one
-table leads back to the llava-hf layout. A name that no table knows is an error, never ignored.
+One table for each layout maps its names to the paths of this package
+(``language_model.layers.0.mlp.up_proj.weight``); another maps paths to llava-hf names. A name that
+matches no table is reported as an error, never ignored.
+
+A *carried* tensor belongs to the part of the vision tower that the model does not run: the blocks
+after the last one used, the final layer norm and the pooling head. Conversion copies such tensors,
+so that an export to the llava-hf layout can include them.
 """
 
 import re
@@ -31,7 +36,7 @@ LAYOUTS: Mapping[str, Table] = {
         (r"model\.(image_newline)", r"\1"),
         *_vision(r"model\.vision_tower\.vision_tower\.vision_model\."),
     ),
-    # transformers 4 wrote the level vision_model, transformers 5 does not.
+    # transformers 4 writes the prefix vision_model, transformers 5 does not.
     "llava-hf": _table(
         (r"language_model\.model\.(.+)", r"language_model.\1"),
         (r"language_model\.(lm_head\..+)", r"\1"),
@@ -47,7 +52,7 @@ LAYOUTS: Mapping[str, Table] = {
         *_vision(r"model\.vision_tower\.(?:vision_model\.)?"),
     ),
 }
-"""Name in the file -> path, for each layout that is read."""
+"""For each supported layout, the rules from the name in a file to the path."""
 
 _TO_LLAVA_HF = _table(
     (r"language_model\.(.+)", r"language_model.model.\1"),
@@ -59,7 +64,7 @@ _TO_LLAVA_HF = _table(
     (r"(vision_tower\.(?:post_layernorm|head)\..+)", r"\1"),
 )
 
-# Computed from the configuration, so some versions of some libraries stored them and others not.
+# Buffers computed from the configuration, which only some library versions store.
 _DROPPED = re.compile(r".+\.(?:rotary_emb\.inv_freq|position_ids)")
 
 POST_NORM = ("vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias")
@@ -80,7 +85,7 @@ def _rename(table: Table, name: str) -> str | None:
 
 
 def detect_layout(names: Iterable[str]) -> str | None:
-    """The key in ``LAYOUTS`` whose table knows most of these names; None when none knows any."""
+    """Returns the key in ``LAYOUTS`` that matches most of the names; None if none matches any."""
     names = list(names)
     known = {
         layout: sum(_rename(table, name) is not None for name in names)
@@ -91,28 +96,28 @@ def detect_layout(names: Iterable[str]) -> str | None:
 
 
 def path_of(name: str, layout: str) -> str | None:
-    """The path that a name in a file of this layout stands for; None for one not in its table."""
+    """Returns the path for a tensor name of a layout; None if no rule of the layout matches."""
     return _rename(LAYOUTS[layout], name)
 
 
 def llava_hf_name(path: str) -> str:
-    """The name that transformers 5 gives a tensor when it saves a model."""
+    """Returns the llava-hf name of a path, as transformers 5 saves the tensor."""
     name = _rename(_TO_LLAVA_HF, path)
-    assert name is not None, path  # every parameter and every carried tensor is in the table
+    assert name is not None, path  # Every parameter and carried tensor has a rule.
     return name
 
 
 def is_dropped(name: str) -> bool:
-    """Whether a name in a file (any layout) is a table that can be computed again."""
+    """Whether a tensor name of any layout is a buffer that is computed from the configuration."""
     return _DROPPED.fullmatch(name) is not None
 
 
 def is_carried(path: str, vision_layers: int) -> bool:
-    """Whether the tensor belongs to the part of the vision tower that the model does not run.
+    """Whether a tensor belongs to the part of the vision tower that the model does not run.
 
     Args:
-        path: a path of this package.
-        vision_layers: blocks that the model runs; those after them are not used.
+        path: the tensor's path in this package.
+        vision_layers: number of blocks that the model runs; later blocks are carried.
     """
     match = _CARRIED.fullmatch(path)
     return match is not None and (match["layer"] is None or int(match["layer"]) >= vision_layers)

@@ -1,4 +1,4 @@
-"""Opens a checkpoint: everything small is read and checked, the weights are read on demand."""
+"""Opens a checkpoint: reads and checks all but the weights, which are loaded on demand."""
 
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -20,12 +20,12 @@ from dycoke_jax.progress import Progress
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk with all that belongs to it.
+    """An opened checkpoint: configuration and tokenizer in memory, weights on disk.
 
     Attributes:
-        folder: where it is, and its configuration.
+        folder: the checkpoint's folder and model configuration.
         tokenizer: a fast tokenizer of transformers.
-        stop_ids: ids that end an answer, in ascending order.
+        stop_ids: token ids that end an answer, in ascending order.
     """
 
     folder: Folder
@@ -40,7 +40,12 @@ class Checkpoint:
     def load(
         self, dtype: DTypeLike | None = None, progress: Progress | None = None
     ) -> dict[str, jax.Array]:
-        """Reads the weights; see ``load_params``."""
+        """Loads the weights onto JAX's default device, as ``load_params`` does.
+
+        Args:
+            dtype: float32, float16 or bfloat16; None leaves each tensor in its stored dtype.
+            progress: called after each tensor; counts bytes as stored.
+        """
         return load_params(self.folder, dtype, progress)
 
 
@@ -51,12 +56,14 @@ def open_checkpoint(
 
     Args:
         name_or_path: a folder in the lmms-lab or the llava-hf layout, a folder that
-            ``dycoke-jax convert`` made, or a hub id ``org/name``, which is downloaded.
-        pool_mode: replaces the pooling of the configuration.
+            ``dycoke-jax convert`` wrote, or a hub id ``org/name``, which is downloaded if not
+            cached.
+        pool_mode: spatial pooling to use; None takes that of the configuration.
 
     Raises:
-        CheckpointError: if it cannot be found, or one of its files cannot be read or does not fit.
-        ConfigError: naming a setting of the model or of its processor that is not supported.
+        CheckpointError: if the checkpoint cannot be found, or its configuration, processor or
+            tokenizer cannot be read or does not fit the model.
+        ConfigError: naming a setting of the model or its processor that is not supported.
     """
     folder = open_folder(str(name_or_path))
     if pool_mode is not None:
@@ -68,21 +75,21 @@ def open_checkpoint(
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
-    """Refuses a tokenizer with more tokens than the model has.
+    """Checks that every token id of the tokenizer is below the model's vocabulary size.
 
     Raises:
-        CheckpointError: with both numbers.
+        CheckpointError: if not, naming the largest id and the vocabulary size.
     """
     largest = max(tokenizer.backend_tokenizer.get_vocab().values())
     if largest >= config.text.vocab_size:
         raise CheckpointError(
-            f"the tokenizer knows ids up to {largest}, the model only {config.text.vocab_size} "
-            "tokens; they do not belong together"
+            f"the tokenizer has ids up to {largest}, but the model's vocabulary has only "
+            f"{config.text.vocab_size} tokens; they do not belong together"
         )
 
 
 def _extra_stops(folder: Path) -> tuple[int, ...]:
-    """The ids of ``generation_config.json`` that end an answer, where there is such a file."""
+    """Returns ``eos_token_id`` of ``generation_config.json``; empty without file or entry."""
     path = folder / "generation_config.json"
     ids = read_json_object(path).get("eos_token_id") if path.exists() else None
     if ids is None:

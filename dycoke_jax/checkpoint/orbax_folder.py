@@ -16,15 +16,17 @@ from dycoke_jax.errors import CheckpointError
 from dycoke_jax.models.llava import abstract_params
 
 PARAMS = "params"
-"""Name of the Orbax checkpoint's folder, and of the tree in it that the model uses."""
+"""Name of the folder of the Orbax checkpoint, and of the subtree with the model's parameters."""
 _CARRIED = "carried"
 
-# Tensors are written and read in groups of about these sizes (a larger one is a group of its own):
-# large enough to keep Orbax's threads busy, small enough that the host never holds a model.
-# Each group written costs a merge at the end; groups read leave holes in the heap, so are smaller.
+# Tensors are written and read in groups of at most these sizes (a larger tensor is a group of its
+# own): large enough to keep Orbax's threads busy, small enough that the host never holds the whole
+# model. Writing uses larger groups because Orbax combines them at the end, at a cost for each;
+# reading uses smaller ones because every group that is freed leaves holes in the heap.
 _WRITE_BYTES = 256 * 2**20
 _READ_BYTES = 64 * 2**20
-# A device that restores its part of an array reads the chunks that hold it.
+# Arrays are stored in chunks of at most this size: a device that restores its shard of an array
+# reads only the chunks that overlap it.
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -34,7 +36,10 @@ def write_orbax(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], used: s
     Args:
         folder: an existing folder.
         tensors: path and array of every tensor.
-        used: the paths that the model uses; the others go to the tree of carried tensors.
+        used: paths of the model's parameters; all other tensors go to the ``carried`` subtree.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be written.
     """
     target = folder / PARAMS
     group: dict[str, np.ndarray] = {}
@@ -57,11 +62,15 @@ def _write_group(target: Path, group: Mapping[str, np.ndarray], used: set[str]) 
 
 
 def orbax_weights(folder: Path, config: LlavaConfig) -> Weights:
-    """Opens and checks the Orbax checkpoint of a converted folder; reads no tensor data.
+    """Opens the Orbax checkpoint of a converted folder and checks it, without reading data.
+
+    Args:
+        folder: a converted folder.
+        config: the configuration that the weights must fit.
 
     Raises:
-        CheckpointError: when it is damaged, or listing every parameter that is missing, unknown or
-            of a wrong shape.
+        CheckpointError: if the checkpoint is damaged, or with a list of all tensors that are
+            missing, unknown, or of a wrong shape or dtype.
     """
     tree = _tree(folder / PARAMS)
     expected = {path: leaf.shape for path, leaf in abstract_params(config).items()}
@@ -91,12 +100,16 @@ def orbax_weights(folder: Path, config: LlavaConfig) -> Weights:
 def restore_params(
     folder: Path, infos: Mapping[str, TensorInfo], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Reads parameters from disk to where they are wanted, each device its own part only.
+    """Yields parameters restored onto devices; each device reads only its shard.
 
     Args:
         folder: a converted folder.
-        infos: what is stored, as ``orbax_weights`` says.
-        targets: shape, dtype and sharding wanted, by path; other dtypes than the stored are cast.
+        infos: shape and dtype of each stored parameter, from ``orbax_weights``.
+        targets: shape, dtype and sharding to restore each path to; a parameter whose stored dtype
+            differs is cast.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read.
     """
     for group in _groups(targets, infos):
         wanted = {path: targets[path] for path in group}
@@ -135,23 +148,27 @@ def _groups(paths: Iterable[str], infos: Mapping[str, TensorInfo]) -> Iterator[l
 
 
 def _read_group(folder: Path, wanted: Mapping[str, Any], used: Iterable[str]) -> dict[str, Any]:
-    """Reads some leaves; ``wanted`` holds numpy arrays or ShapeDtypeStructs to say what they be."""
+    """Reads the leaves at the paths of ``wanted``, in that order.
+
+    Its values are numpy arrays to read into, or ShapeDtypeStructs to restore device arrays.
+    """
     tree: dict[str, dict[str, Any]] = {}
     for path, leaf in wanted.items():
         tree.setdefault(PARAMS if path in used else _CARRIED, {})[path] = leaf
     with _context():
         read = _guarded(folder, "read", ocp.load, folder, tree)
-    # In the order asked for, which Orbax does not keep.
+    # Orbax does not preserve the order of the paths.
     return {path: read[PARAMS if path in used else _CARRIED][path] for path in wanted}
 
 
 def _context() -> ocp.Context:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    # Nobody writes to the arrays while they are saved, so Orbax needs no copies of them.
+    # The arrays are not modified while they are saved, so Orbax needs no copies of them.
     context.memory.deepcopy_host_arrays = False
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    # Weights are noise to a compressor: a fifth smaller, for twice the time to write and to read.
+    # Weights compress poorly: files would be a fifth smaller, but take twice as long to write and
+    # to read.
     context.array.saving.use_compression = False
     return context
 
@@ -160,9 +177,9 @@ def _guarded(folder: Path, verb: str, function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     # Orbax and TensorStore raise ValueError, OSError, their own types and plain Exception for the
-    # same causes: damaged files, a full disk, missing rights.
+    # same causes: damaged files, a full disk, missing permissions.
     except Exception as error:
-        # The innermost error tells the cause; those around it add pages of specifications.
+        # The innermost error names the cause; the ones that wrap it add pages of specifications.
         inner: BaseException = error
         while inner.__cause__ is not None:
             inner = inner.__cause__

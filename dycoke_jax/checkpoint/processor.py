@@ -1,4 +1,4 @@
-"""Checks a checkpoint's processor files against the one preprocessing that is compiled in."""
+"""Checks a checkpoint's processor files against the preprocessing that is implemented."""
 
 from collections.abc import Iterator, Mapping
 from math import isclose
@@ -8,7 +8,7 @@ from typing import Any
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import read_json_object
 
-# What each setting must be where it is present; lists are compared element by element.
+# The value supported for each setting, where a file has it. Lists are compared by element.
 _MUST_BE: Mapping[str, Any] = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
@@ -22,19 +22,20 @@ _MUST_BE: Mapping[str, Any] = {
 
 
 def check_processor(folder: Path, size: int) -> None:
-    """Refuses processor settings that frames would not be treated by.
+    """Checks that the processor settings describe the preprocessing that is implemented.
 
-    Frames are squeezed to a square, bicubic, and normalised to -1..1, as SigLIP's are. Files are
-    ``preprocessor_config.json``, ``video_preprocessor_config.json`` and, as transformers 5 writes
-    them, the processors inside ``processor_config.json``.
+    Frames are resized to a square without keeping their aspect ratio, with a bicubic filter, and
+    normalised to [-1, 1], as for SigLIP. The files checked are ``preprocessor_config.json``,
+    ``video_preprocessor_config.json`` and the processor sections of ``processor_config.json``,
+    which transformers 5 writes. Files and settings that are absent pass.
 
     Args:
-        folder: of the checkpoint.
-        size: pixels a side that the vision tower takes.
+        folder: the checkpoint's folder.
+        size: side in pixels of the vision tower's square input.
 
     Raises:
-        ConfigError: naming the file and the setting.
-        CheckpointError: if a file is not JSON.
+        ConfigError: naming the file and the setting that is not supported.
+        CheckpointError: if a file cannot be read as JSON.
     """
     for name, settings in _processors(folder):
         for key, wanted in _MUST_BE.items():

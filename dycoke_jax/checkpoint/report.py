@@ -1,4 +1,4 @@
-"""Everything that is wrong with a checkpoint, gathered and told at once."""
+"""Collects all problems of a checkpoint and reports them together."""
 
 import warnings
 from collections import Counter
@@ -14,21 +14,33 @@ Kind = Literal[
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint that can be used but looks wrong, such as weights that are NaN."""
+    """Warns of a checkpoint that can be used but looks wrong, such as weights that are NaN."""
 
 
 class Report:
-    """Collects problems; ``raise_if_any`` tells all of them in one error, a line each."""
+    """Collects problems; ``raise_if_any`` raises all of them as one error, one line each."""
 
     def __init__(self) -> None:
         self._problems: list[tuple[Kind, str]] = []
 
     def add(self, kind: Kind, text: str) -> None:
-        """Notes one problem; ``text`` is one line that names the tensor or file."""
+        """Adds a problem.
+
+        Args:
+            kind: the kind of problem, which starts its line.
+            text: a description that names the tensor or file; line breaks become spaces.
+        """
         self._problems.append((kind, " ".join(text.split())))
 
     def raise_if_any(self, folder: Path) -> None:
-        """Raises the collected problems as one ``CheckpointError``; nothing when there are none."""
+        """Raises an error if any problem was added.
+
+        Args:
+            folder: the checkpoint's folder, named in the message.
+
+        Raises:
+            CheckpointError: with the number of problems by kind, and one line for each problem.
+        """
         if not self._problems:
             return
         counts = Counter(kind for kind, _ in self._problems)
@@ -40,7 +52,12 @@ class Report:
 
 
 def warn_non_finite(folder: Path, paths: Sequence[str]) -> None:
-    """One ``CheckpointWarning`` that names every tensor holding NaN or infinity, if any does."""
+    """Issues one ``CheckpointWarning`` that names the tensors holding NaN or infinity, if any.
+
+    Args:
+        folder: the checkpoint's folder, named in the message.
+        paths: paths of the tensors that hold NaN or infinity.
+    """
     if paths:
         warnings.warn(
             f"{folder}: NaN or infinity in {len(paths)} tensor{'s' if len(paths) > 1 else ''}: "

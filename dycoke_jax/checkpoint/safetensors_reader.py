@@ -1,11 +1,11 @@
-"""Reads one safetensors file, or the set of them that an index names, a tensor at a time."""
+"""Reads a safetensors file, or the shards that an index lists, one tensor at a time."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (makes numpy know bfloat16, which safetensors then reads)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, so that safetensors can read it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -19,7 +19,7 @@ _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is and what its header says: shape, and dtype as safetensors names it."""
+    """Location, shape and dtype of a stored tensor; ``dtype`` is a safetensors code (BF16)."""
 
     file: Path
     name: str
@@ -32,10 +32,10 @@ class SafetensorsSet:
     """The headers of a checkpoint's files.
 
     Attributes:
-        tensors: by name, in the order of the files and of the data in them.
-        lost: names that the index puts where they cannot be read; already reported.
-        complete: False when a file that no index describes cannot be read, so that nobody can say
-            which tensors are missing.
+        tensors: the readable tensors by name, in the order of the files and of the data in them.
+        lost: names in the index whose tensors cannot be read; they are already reported.
+        complete: False if a file cannot be read and no index lists its tensors, so that the
+            missing ones are unknown.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -48,9 +48,10 @@ class _Files:
     """The files to read.
 
     Attributes:
-        promised: file name -> names of the tensors that the index promises there, if there is one.
+        promised: for each file name, the tensor names that the index lists for it; empty sets
+            without an index.
         indexed: whether there is an index.
-        refused: names that the index puts outside the folder.
+        refused: tensor names for which the index gives a file outside the folder.
     """
 
     promised: dict[str, set[str]]
@@ -59,10 +60,14 @@ class _Files:
 
 
 def open_safetensors(folder: Path, report: Report) -> SafetensorsSet:
-    """Reads every header and no data; files that cannot be read are reported, not raised.
+    """Reads the headers of all safetensors files of a folder, and no tensor data.
+
+    Args:
+        folder: folder with one safetensors file, or with shards.
+        report: receives a problem for each file or tensor that cannot be read.
 
     Raises:
-        CheckpointError: when the folder has no safetensors files at all.
+        CheckpointError: if the folder has no safetensors files, or its index cannot be read.
     """
     files = _files(folder, report)
     tensors: dict[str, StoredTensor] = {}
@@ -92,14 +97,14 @@ def open_safetensors(folder: Path, report: Report) -> SafetensorsSet:
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """The tensor's data, in an array of its own.
+    """Reads a tensor's data into a new array.
 
     Raises:
-        CheckpointError: when the file changed or cannot be read.
+        CheckpointError: if the file cannot be read or no longer holds the tensor.
     """
     try:
-        # The file is mapped for one tensor only: pages once read count as memory in use until the
-        # mapping is closed, and would add up to the whole file.
+        # The file is mapped anew for each tensor: pages that were read count as memory in use until
+        # the mapping is closed, and would add up to the whole file.
         with safe_open(tensor.file, framework="numpy") as file:
             return file.get_tensor(tensor.name)
     except (SafetensorError, OSError) as error:
@@ -107,7 +112,16 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
 
 
 def same_data(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
-    """Whether two stored matrices are equal bit for bit; reads a few rows of each at a time."""
+    """Whether two stored tensors are bit-identical.
+
+    Args:
+        a: one tensor, of at least one dimension.
+        b: the other tensor.
+        rows: number of rows of each that are read at a time, to bound memory.
+
+    Raises:
+        CheckpointError: if a file cannot be read.
+    """
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     try:
@@ -151,8 +165,9 @@ def _read_index(folder: Path, report: Report) -> _Files:
     promised: dict[str, set[str]] = {}
     refused: set[str] = set()
     for name, file in weight_map.items():
-        # A file that an index names must lie in the folder: an index is data, not a list of paths
-        # to open. (A link in the folder may point anywhere; the hub's cache is made of such.)
+        # A file that an index names must lie in the folder, so that a downloaded index cannot make
+        # this package open other files. Links in the folder may point anywhere, because the hub's
+        # cache consists of them.
         if isinstance(file, str) and not Path(file).is_absolute() and ".." not in Path(file).parts:
             promised.setdefault(file, set()).add(name)
         else:

@@ -1,7 +1,7 @@
-"""Writes safetensors files tensor by tensor; the format's own library wants a whole file at once.
+"""Writes safetensors files one tensor at a time, which the format's own library cannot do.
 
-A file is the length of the header (8 bytes, little endian), the header (JSON: name -> dtype, shape,
-offsets in the data), and the data without gaps.
+A file consists of the length of the header (8 bytes, little endian), the header (JSON that maps
+each name to dtype, shape and offsets in the data), and the data without gaps.
 """
 
 import json
@@ -22,15 +22,15 @@ def write_safetensors(
     arrays: Iterator[np.ndarray],
     max_shard_bytes: int,
 ) -> None:
-    """Writes ``model.safetensors``, or shards and their index when it would exceed the limit.
+    """Writes ``model.safetensors``, or shards and an index if that file would exceed the limit.
 
     Args:
         folder: an existing folder.
-        infos: name, shape and dtype of every tensor, 32-bit ones first, so that each starts at a
-            multiple of its element's size.
-        arrays: their data, in the same order; held one at a time.
-        max_shard_bytes: limit of the tensor data of a file. A tensor larger than that gets a file
-            of its own.
+        infos: shape and dtype of every tensor by its name in the file. 32-bit tensors come first,
+            so that each tensor starts at a multiple of its element size.
+        arrays: the tensors' data in the same order; one is held at a time.
+        max_shard_bytes: largest tensor data of a file, in bytes. A tensor larger than that gets a
+            file of its own.
     """
     shards = _shards(infos, max_shard_bytes)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -38,7 +38,8 @@ def write_safetensors(
         files = [SINGLE]
     for file, shard in zip(files, shards, strict=True):
         _write_file(folder / file, shard, arrays)
-    assert next(arrays, None) is None  # and so the stream's own end is reached
+    # Besides checking the count, this runs the generator behind the arrays to its end.
+    assert next(arrays, None) is None
     if len(shards) > 1:
         where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         sizes = [info.nbytes for info in infos.values()]
@@ -63,7 +64,7 @@ def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[dict[str, Tenso
 
 
 def _write_file(path: Path, infos: Mapping[str, TensorInfo], arrays: Iterator[np.ndarray]) -> None:
-    # transformers refuses files without this entry.
+    # transformers rejects files without this entry.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in infos.items():

@@ -1,4 +1,4 @@
-"""Writes a model that is not a copy of another checkpoint, in the llava-hf layout."""
+"""Writes a checkpoint in the llava-hf layout from weights that are not in a checkpoint."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -33,17 +33,18 @@ def save_llava_hf(
     """Writes weights, configuration, tokenizer and processor settings.
 
     Args:
-        dst: a folder that does not exist; it appears when all is written.
-        config: of the model.
-        read: gives the tensors of the given paths in the given order, any float dtype.
-        save_tokenizer: writes ``tokenizer.json`` and what belongs to it into a folder; it may
-            write processor settings as well.
-        dtype: of the weights in the file.
-        progress: called after each tensor with the bytes written.
-        max_shard_bytes: tensor data above this is split over several files with an index.
+        dst: a folder that does not exist yet; it is created once everything is written.
+        config: the model's configuration.
+        read: yields path and tensor for the given paths, in the given order; any float dtype.
+        save_tokenizer: writes the tokenizer's files into a folder. Processor settings that it
+            writes too are not overwritten.
+        dtype: dtype of the written weights: float32, float16 or bfloat16.
+        progress: called after each tensor; counts bytes as written.
+        max_shard_bytes: largest tensor data of a file, in bytes; beyond it the tensors are split
+            into shards with an index.
 
     Raises:
-        CheckpointError: when ``dst`` exists or cannot be written.
+        CheckpointError: if ``dst`` exists or cannot be written, or ``dtype`` is not supported.
     """
     destination, kind = absent(dst), weight_dtype(dtype)
     assert kind is not None
@@ -74,7 +75,7 @@ def save_llava_hf(
 
 
 def _placeholder_ids(folder: Path) -> dict[str, int]:
-    """The ids that mark images and videos in transformers' prompts, where the tokenizer has any."""
+    """Returns the tokenizer's ids of transformers' image and video placeholders, if it has any."""
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         return {}

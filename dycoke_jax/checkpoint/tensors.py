@@ -1,4 +1,4 @@
-"""What is known of a stored tensor before it is read, and what is done to it after."""
+"""Shapes and dtypes of stored tensors, casting them, and checking them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Weights may be stored in these; the keys are the names that safetensors headers use."""
+"""The dtypes that weights may have, by their names in safetensors headers."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Weights:
-    """The checked contents of a checkpoint; no data is held, ``stream`` reads it.
+    """The checked tensors of a checkpoint, without their data.
 
     Attributes:
-        params: what the model uses: exactly the tree of its configuration.
-        carried: what the model does not use and the llava-hf layout has.
-        stream: reads the tensors of the given paths in the given order, one (or a small group) in
-            memory at a time. The arrays are the receiver's own.
+        params: shape and dtype of the model's parameters, by path; exactly those of the
+            configuration.
+        carried: shape and dtype of stored tensors that the model does not run but the llava-hf
+            layout has, by path (see ``names.is_carried``).
+        stream: yields path and data of the tensors at the given paths, in the given order, with
+            one tensor or one small group in memory at a time. The caller may modify the arrays.
     """
 
     params: Mapping[str, TensorInfo]
@@ -49,10 +51,10 @@ class Weights:
 
 
 def weight_dtype(dtype: DTypeLike | None) -> np.dtype | None:
-    """The numpy dtype asked for; None stands for "as stored".
+    """Returns the numpy dtype of a requested weight dtype; None, for "as stored", stays None.
 
     Raises:
-        CheckpointError: when it is not float32, float16 or bfloat16.
+        CheckpointError: if it is not float32, float16 or bfloat16.
     """
     if dtype is None:
         return None
@@ -68,8 +70,11 @@ def weight_dtype(dtype: DTypeLike | None) -> np.dtype | None:
 
 
 def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """The array in ``dtype``, rounded to nearest even; itself when nothing is to be done."""
-    # A value too large for float16 becomes infinity, which is reported by name afterwards.
+    """Casts an array, rounding to nearest even.
+
+    The array itself is returned if ``dtype`` is None or already its dtype.
+    """
+    # A value too large for float16 becomes infinity; the callers warn of such tensors by name.
     with np.errstate(over="ignore", invalid="ignore"):
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -84,8 +89,8 @@ _CHUNK = 2**20
 
 def is_finite(array: np.ndarray) -> bool:
     """Whether no element is NaN or infinite."""
-    # Such an element has every bit of its exponent set. Looking at the bits in pieces that stay in
-    # the processor's cache is ten times as fast for 16-bit floats as np.isfinite, and needs no
+    # NaN and infinity have every exponent bit set. Testing the bits in chunks that fit into the
+    # processor's cache is ten times as fast as np.isfinite for 16-bit floats, and needs no
     # temporary array of the tensor's size.
     mask = _EXPONENT[array.dtype]
     bits = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
@@ -100,17 +105,17 @@ def check_tree(
     lost: Iterable[str],
     report: Report,
 ) -> None:
-    """Reports the parameters that are absent or of another shape than the configuration says.
+    """Reports parameters that are missing or whose shape differs from the configuration's.
 
     Args:
-        found: the parameters of the checkpoint.
-        expected: the shape of every parameter of the configuration.
-        lost: paths already reported in another way (in a file that cannot be read).
-        report: takes the problems.
+        found: shape and dtype of the checkpoint's tensors, by path.
+        expected: shape of each of the configuration's parameters, by path.
+        lost: paths whose absence is already reported, such as those in a file that cannot be read.
+        report: receives the problems.
     """
-    told = found.keys() | set(lost)
+    accounted = found.keys() | set(lost)
     for path, shape in expected.items():
-        if path not in told:
+        if path not in accounted:
             report.add("missing", f"{path} (expected float {list(shape)})")
     for path, info in found.items():
         if path in expected and info.shape != expected[path]:

@@ -9,20 +9,20 @@ from dycoke_jax.inputs.prompts import Tokenizer, control_ids
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
-    """Loads a checkpoint's tokenizer from a local folder, without network and remote code.
+    """Loads a checkpoint's tokenizer from a local folder, without network access or remote code.
 
     Args:
-        folder: folder with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` together with
+        folder: a folder with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` together with
             ``tokenizer_config.json``.
 
     Returns:
         A fast tokenizer of transformers.
 
     Raises:
-        CheckpointError: if there is no folder or no tokenizer in it, if it has no fast
-            implementation, or if it lacks the control tokens of ChatML.
+        CheckpointError: if the folder or the tokenizer in it does not exist or cannot be loaded,
+            or if the tokenizer has no fast implementation or lacks the ChatML control tokens.
     """
-    # Not at the top: transformers takes seconds to import, and imports torch where it finds it.
+    # Imported here because transformers takes seconds to import, and imports torch if installed.
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
     files = Path(folder)
@@ -31,8 +31,8 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     if (files / "tokenizer.json").exists():
         kind: Any = AutoTokenizer
     elif (files / "vocab.json").exists() and (files / "merges.txt").exists():
-        # AutoTokenizer would go by the model type of config.json, which in the lmms-lab layout is
-        # "llava" and names another tokenizer.
+        # AutoTokenizer would choose by the model type in config.json, which in the lmms-lab layout
+        # is "llava" and stands for another tokenizer.
         kind = Qwen2Tokenizer
     else:
         raise CheckpointError(
@@ -43,7 +43,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         tokenizer = kind.from_pretrained(
             fspath(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers and tokenizers raise many kinds, bare ones too
+    except Exception as error:  # transformers and tokenizers raise many types, plain Exception too
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             f"{fspath(folder)}: its tokenizer cannot be loaded ({reason}); copy tokenizer.json and "

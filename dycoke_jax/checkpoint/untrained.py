@@ -1,4 +1,4 @@
-"""Makes checkpoints with random weights: the real files and shapes, before any training."""
+"""Writes checkpoints with random weights, in the same files and shapes as trained ones."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from dycoke_jax.models.llava import abstract_params, random_param
 from dycoke_jax.progress import Progress
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
-"""The control tokens of ChatML and the places of images and videos; the last ids of a tokenizer."""
+"""ChatML's control tokens and the image and video placeholders; a tokenizer's last ids."""
 
 
 def write_untrained(
@@ -24,18 +24,20 @@ def write_untrained(
     progress: Progress | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes an untrained checkpoint in the llava-hf layout, with a tokenizer of plain bytes.
+    """Writes an untrained checkpoint in the llava-hf layout, with a byte-level tokenizer.
 
     Args:
-        dst: a folder that does not exist; it appears when all is written.
-        config: the sizes; the vocabulary must hold the 261 tokens of the tokenizer.
-        dtype: of the weights.
-        seed: of the random weights.
-        progress: called after each tensor with the bytes written.
-        max_shard_bytes: tensor data above this is split over several files with an index.
+        dst: a folder that does not exist yet; it is created once everything is written.
+        config: the model's configuration; its vocabulary size must be at least 261, the number of
+            tokens of the tokenizer.
+        dtype: dtype of the written weights: float32, float16 or bfloat16.
+        seed: seed of the random weights.
+        progress: called after each tensor; counts bytes as written.
+        max_shard_bytes: largest tensor data of a file, in bytes; beyond it the tensors are split
+            into shards with an index.
 
     Raises:
-        CheckpointError: when ``dst`` exists or cannot be written.
+        CheckpointError: if ``dst`` exists or cannot be written, or ``dtype`` is not supported.
     """
     shapes = abstract_params(config)
 
@@ -55,7 +57,7 @@ def write_untrained(
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A byte-level tokenizer with one id for each byte and no merges."""
+    """Returns a byte-level BPE tokenizer with one token for each of the 256 bytes and no merges."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,6 +1,6 @@
-"""From a clip and a question to what the model takes: uint8 frames and token ids.
+"""Prepares model inputs: uint8 frames from a clip, and token ids from a question.
 
-Everything here runs on the host and touches no device.
+Everything here runs on the host; no accelerator is used.
 """
 
 from dycoke_jax.inputs.frames import resize

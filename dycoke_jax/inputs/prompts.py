@@ -1,12 +1,13 @@
-r"""From a question or a conversation to token ids around the place of the video.
+r"""Encodes a question or a conversation as the token ids before and after the video.
 
-The template is ChatML as Qwen2 was tuned on it (``conv_templates["qwen_1_5"]`` of LLaVA-NeXT)::
+The template is ChatML as Qwen2 was fine-tuned on it (``conv_templates["qwen_1_5"]`` of
+LLaVA-NeXT)::
 
     <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n
     <|im_start|>user\n<video>\n{question}<|im_end|>\n<|im_start|>assistant\n
 
-Control tokens enter by their id only, and text never yields one: whatever a user types, the turns
-stay as they were given. For text without control strings the ids are those of the reference.
+Only the template inserts control tokens. Text is never encoded as one, so that nothing a user types
+can start or end a turn. For text without control strings the ids equal those of the reference.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 from dycoke_jax.errors import PromptError
 
 Conversation = str | Sequence[Mapping[str, Any]]
-"""A question, or the turns of a conversation: see ``build_prompt``."""
+"""A question, or the turns of a conversation in the form that ``build_prompt`` describes."""
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-"""What the system turn says unless the caller sets another text."""
+"""The default text of the system turn."""
 
 _TURN_START = "<|im_start|>"
 _TURN_END = "<|im_end|>"
@@ -27,24 +28,24 @@ _TURN_END = "<|im_end|>"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What this package asks of a tokenizer; transformers' fast tokenizers have it.
+    """The tokenizer interface that this package needs; transformers' fast tokenizers have it.
 
-    They also have an ``eos_token_id``, but make it up when asked: a check of the class does not
-    see it.
+    ``eos_token_id`` is used too but is not a member here: transformers computes the attribute
+    dynamically, so an ``isinstance`` check would not find it.
     """
 
     @property
     def backend_tokenizer(self) -> Any:
-        """The ``tokenizers.Tokenizer`` that does the work."""
+        """The ``tokenizers.Tokenizer`` that implements this tokenizer."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of one request, cut where the video's tokens go.
+    """Token ids of one request, split where the visual tokens are inserted.
 
     Attributes:
-        before: ids ahead of the video; empty without a video.
-        after: ids behind the video; all of them without a video.
+        before: ids before the video; empty without a video.
+        after: ids after the video; all ids without a video.
     """
 
     before: tuple[int, ...]
@@ -59,28 +60,28 @@ def build_prompt(
     has_video: bool,
     time_instruction: str | None = None,
 ) -> Prompt:
-    r"""Writes a question or a conversation as token ids.
+    r"""Encodes a question or a conversation as token ids.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
-        prompt: the question, which follows the video and a newline; or a conversation, a list of
-            ``{"role": "system" | "user" | "assistant", "content": ...}`` whose content is a text
-            or a list of ``{"type": "text", "text": ...}`` and ``{"type": "video"}``. The last
-            turn is the user's. Texts of one turn are joined as they are; a newline follows the
-            video where anything follows it in its turn. Without a video part the video opens the
-            first user turn.
-        system: text of the system turn, None for no such turn. A system message in the
+        prompt: a question, which is placed after the video and a newline; or a conversation, a
+            list of ``{"role": "system" | "user" | "assistant", "content": ...}`` whose content is
+            a text or a list of ``{"type": "text", "text": ...}`` and ``{"type": "video"}``. The
+            last turn must be the user's. The texts of a turn are joined without a separator; a
+            newline follows the video if text follows it in its turn. If no turn has a video part,
+            the video is placed at the start of the first user turn.
+        system: text of the system turn; None for no system turn. A system message in the
             conversation replaces it.
-        has_video: whether the request comes with a video.
-        time_instruction: sentence about the frames' times (LLaVA-Video), put between the video's
-            newline and the text behind it, with a newline of its own.
+        has_video: whether the request has a video.
+        time_instruction: sentence about the frames' times (LLaVA-Video), inserted after the video
+            and a newline, and followed by a newline and the text; None for none.
 
     Returns:
-        The ids before and after the video. They end where the assistant's answer begins.
+        The ids before and after the video, up to where the assistant's answer begins.
 
     Raises:
-        PromptError: if the conversation cannot be written in this template; the message says
-            which turn and what to do.
+        PromptError: if the conversation does not fit this template; the message names the turn
+            and the remedy.
     """
     if time_instruction is not None and not has_video:
         raise PromptError("a time instruction needs a video; leave it out for a text-only request")
@@ -94,12 +95,12 @@ def build_prompt(
     for turn in turns:
         head = f"{turn.role}\n{turn.text}"
         ids.append(start)
-        # Text between two control tokens is encoded in one go, template words included, because
-        # byte pairs may merge across the seam. The reference does the same.
+        # All text between two control tokens, the template's included, is encoded in one call,
+        # because BPE may join characters across the boundary. The reference does the same.
         ids += _encode_text(tokenizer, head)
-        if turn.behind_video is not None:
+        if turn.after_video is not None:
             before, ids = ids, []
-            tail = [text for text in (time_instruction, turn.behind_video) if text]
+            tail = [text for text in (time_instruction, turn.after_video) if text]
             ids += _encode_text(tokenizer, "".join("\n" + text for text in tail))
         ids.append(end)
         ids += _encode_text(tokenizer, "\n")
@@ -109,7 +110,7 @@ def build_prompt(
 
 
 def encode_answer(tokenizer: Tokenizer, answer: str) -> tuple[int, ...]:
-    """The ids of an answer and of the end of its turn: what a model should learn to say.
+    """Encodes an answer as a training target: its ids, followed by the end-of-turn id.
 
     Raises:
         PromptError: if the answer is empty.
@@ -120,15 +121,15 @@ def encode_answer(tokenizer: Tokenizer, answer: str) -> tuple[int, ...]:
 
 
 def time_instruction(clip_duration: float, times: Sequence[float]) -> str:
-    """The sentence with which LLaVA-Video tells the model when its frames were taken.
+    """Returns the sentence that gives the model the times of its frames (LLaVA-Video).
 
     Args:
         clip_duration: length of the clip in seconds.
-        times: time of every frame in seconds.
+        times: time of each frame in seconds from the start of the clip.
 
     Returns:
-        The text, word for word as in ``process_video_with_decord`` of LLaVA-NeXT (no space behind
-        the full stop after the times).
+        The same text as in ``process_video_with_decord`` of LLaVA-NeXT, including its missing
+        space after the full stop that follows the times.
     """
     listed = ",".join(f"{time:.2f}s" for time in times)
     return (
@@ -139,14 +140,14 @@ def time_instruction(clip_duration: float, times: Sequence[float]) -> str:
 
 
 def stop_ids(tokenizer: Tokenizer, extra: Iterable[int] = ()) -> tuple[int, ...]:
-    """Ids that end an answer: the turn's end, the tokenizer's end of text, and ``extra``.
+    """Returns the ids that end an answer: end of turn, the tokenizer's end of text, and ``extra``.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
-        extra: more ids, as a checkpoint's generation config may list them.
+        extra: further ids, such as those in a checkpoint's generation configuration.
 
     Returns:
-        The ids in ascending order, each once.
+        The distinct ids in ascending order.
 
     Raises:
         PromptError: if the tokenizer lacks the control tokens of ChatML.
@@ -160,15 +161,18 @@ def stop_ids(tokenizer: Tokenizer, extra: Iterable[int] = ()) -> tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Turn:
-    """One turn: its text, cut where the video stands (``behind_video`` None: no video here)."""
+    """One turn of a conversation, its text split where the video is inserted.
+
+    ``after_video`` is None in a turn without the video.
+    """
 
     role: str
     text: str
-    behind_video: str | None
+    after_video: str | None
 
 
 def control_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The ids of the tokens that open and close a turn.
+    """Returns the ids of the tokens that start and end a turn.
 
     Raises:
         PromptError: if the tokenizer lacks one of them.
@@ -183,11 +187,11 @@ def control_ids(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text that is only text.
+    """Encodes a text without recognising control or other added tokens in it.
 
-    The steps of the tokenizer are called one by one, which leaves its table of added tokens out:
-    asking it to split special tokens would still let added tokens through that are not marked as
-    special, and would change the state of a shared object.
+    The tokenizer's stages are called one by one, which bypasses its table of added tokens. Its
+    option ``encode_special_tokens`` would not do: it has no effect on added tokens that are not
+    marked as special, and setting it would change a shared object.
     """
     backend = tokenizer.backend_tokenizer
     try:
@@ -205,7 +209,7 @@ def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _as_turns(prompt: Conversation, has_video: bool) -> list[_Turn]:
-    """Checks a prompt and brings both of its forms to turns, the video in its place."""
+    """Checks a question or conversation and converts it to turns, with the video placed."""
     if isinstance(prompt, str):
         if not prompt.strip():
             raise PromptError("the question is empty; give a text to answer")
@@ -222,10 +226,10 @@ def _as_turns(prompt: Conversation, has_video: bool) -> list[_Turn]:
         raise PromptError(
             f"the last turn is the {turns[-1].role}'s; end the conversation with a user turn"
         )
-    if not (turns[-1].text + (turns[-1].behind_video or "")).strip():
+    if not (turns[-1].text + (turns[-1].after_video or "")).strip():
         raise PromptError("the last turn holds no question; add a text to it")
 
-    marked = [index for index, turn in enumerate(turns) if turn.behind_video is not None]
+    marked = [index for index, turn in enumerate(turns) if turn.after_video is not None]
     if len(marked) > 1:
         raise PromptError(_ONE_CLIP)
     if marked and not has_video:
@@ -243,7 +247,7 @@ _ONE_CLIP = "the conversation has more than one video part; one clip a request i
 
 
 def _as_turn(message: Any, number: int) -> _Turn:
-    """One message of the common form as a turn."""
+    """Converts one message to a turn; ``number`` counts from 1 and is used in error messages."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise PromptError(f"turn {number} is no message; give a role and a content")
     role, content = message["role"], message["content"]
@@ -254,20 +258,20 @@ def _as_turn(message: Any, number: int) -> _Turn:
         raise PromptError(f"turn {number}: the content is neither a text nor a list of parts")
 
     text: str = ""
-    behind_video: str | None = None
+    after_video: str | None = None
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "video":
             if role != "user":
                 raise PromptError(f"turn {number}: only a user turn can hold the video")
-            if behind_video is not None:
+            if after_video is not None:
                 raise PromptError(_ONE_CLIP)
             if len(part) > 1:
                 raise PromptError(
                     f"turn {number}: the video part only marks the place; give the clip itself "
                     "with the request and leave nothing but the type here"
                 )
-            behind_video = ""
+            after_video = ""
         elif kind != "text":
             raise PromptError(
                 f"turn {number}: parts of type {kind!r} are not supported; use text, and video for "
@@ -275,10 +279,10 @@ def _as_turn(message: Any, number: int) -> _Turn:
             )
         elif not isinstance(part.get("text"), str):
             raise PromptError(f"turn {number}: a text part needs its text under 'text'")
-        elif behind_video is None:
+        elif after_video is None:
             text += part["text"]
         else:
-            behind_video += part["text"]
-    if role != "system" and behind_video is None and not text.strip():
+            after_video += part["text"]
+    if role != "system" and after_video is None and not text.strip():
         raise PromptError(f"turn {number} is empty; give it a text or leave it out")
-    return _Turn(role, text, behind_video)
+    return _Turn(role, text, after_video)

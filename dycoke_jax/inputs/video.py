@@ -1,11 +1,11 @@
-"""Reading clips: which frames, when they were taken, and what to say about damaged files.
+"""Reads video clips: samples frames, computes their times and detects damaged files.
 
-Frames are decoded one after the other with PyAV (FFmpeg), never by seeking, and each wanted one is
-made a small square at once, so the memory needed is that of the result and not of the clip. The
-reference decodes with decord; the pixels are the same.
+Frames are decoded in order with PyAV (FFmpeg), without seeking, and each sampled frame is resized
+at once, so memory grows with the sampled frames and not with the length of the clip. The reference
+decodes with decord; the pixels are the same.
 
-A frame's index counts the frames that decode, not what the container's header says: headers lie
-often. A damaged clip is an error unless the caller asks for what is left of it.
+Frame indices count the frames that can be decoded, because the count in a container's header is
+often wrong. A damaged clip raises an error unless the caller allows it.
 """
 
 import os
@@ -28,20 +28,21 @@ from dycoke_jax.progress import Progress
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a clip the model sees.
+    """Which frames of a clip are sampled as model input.
 
     Attributes:
-        frames: how many; the most there can be if ``fps`` is given.
-        fps: None spreads ``frames`` evenly over the whole clip, first and last frame included, as
-            LLaVA-OneVision does; a clip with fewer frames repeats some. A number takes about that
-            many frames a second, as LLaVA-Video does, and spreads evenly if these are too many.
+        frames: number of frames, at least 1; the maximum number if ``fps`` is given.
+        fps: None samples ``frames`` frames evenly over the whole clip, including the first and the
+            last, as LLaVA-OneVision does; a clip with fewer frames repeats some. A number above 0
+            samples about that many frames a second, as LLaVA-Video does, or ``frames`` frames
+            evenly if that would be more than ``frames``.
     """
 
     frames: int = 32
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses settings that choose nothing."""
+        """Checks the ranges of the settings."""
         if self.frames < 1:
             raise ConfigError(f"frames is {self.frames}; at least 1 is needed")
         if self.fps is not None and not 0 < self.fps < float("inf"):
@@ -50,13 +51,14 @@ class FrameSampling:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """The chosen frames of a clip.
+    """The sampled frames of a clip.
 
     Attributes:
-        frames: uint8 RGB values, upright and squeezed to squares.
-        times: seconds from the clip's start, one for every frame.
+        frames: uint8 RGB values, with rotation tags applied and resized to squares.
+        times: time of each frame in seconds from the start of the clip.
         duration: length of the clip in seconds.
-        notes: what the person who asked should know, one sentence each; empty if all is well.
+        notes: messages for the user about damage or oddities of the file, one sentence each; empty
+            if there are none.
     """
 
     frames: UInt8[np.ndarray, "F size size 3"]
@@ -66,17 +68,19 @@ class Clip:
 
 
 def frame_indices(total: int, average_fps: float, sampling: FrameSampling) -> Int[np.ndarray, "F"]:
-    """Indices of the frames to take, in ascending order; short clips repeat some.
+    """Returns the indices of the frames to sample.
+
+    They equal those of ``load_video`` (LLaVA-OneVision) and ``process_video_with_decord``
+    (LLaVA-Video) of the reference.
 
     Args:
-        total: frames of the clip, at least 1.
-        average_fps: the clip's frames a second.
-        sampling: which frames are wanted.
+        total: number of frames of the clip, at least 1.
+        average_fps: the clip's average frame rate, in frames a second.
+        sampling: which frames to sample.
 
     Returns:
-        int64 indices in [0, total). Without ``sampling.fps`` there are ``sampling.frames`` of them,
-        otherwise at most that many. As ``load_video`` (LLaVA-OneVision) and
-        ``process_video_with_decord`` (LLaVA-Video) of the reference compute them.
+        int64 indices in [0, total), in ascending order: ``sampling.frames`` of them if
+        ``sampling.fps`` is None, otherwise at most that many. Short clips repeat some.
 
     Raises:
         VideoError: if ``total`` is below 1.
@@ -90,11 +94,11 @@ def frame_indices(total: int, average_fps: float, sampling: FrameSampling) -> In
 
 
 def frame_times(total: int, average_fps: float, sampling: FrameSampling) -> tuple[float, ...]:
-    """Times in seconds of the frames that :func:`frame_indices` chooses.
+    """Returns the times in seconds of the frames that :func:`frame_indices` selects.
 
-    Frames taken at ``sampling.fps`` get their nominal times, 0, 1/fps, 2/fps, ...: the reference
-    divides the index by the step too, which for a clip of 29.97 frames a second is not quite the
-    true time, and LLaVA-Video was trained on these.
+    Frames sampled at ``sampling.fps`` get their nominal times, 0, 1/fps, 2/fps, ... These differ
+    slightly from the true times, for instance in a clip of 29.97 frames a second, but the reference
+    computes them in this way and LLaVA-Video was trained on them.
     """
     indices = frame_indices(total, average_fps, sampling)
     step = _fps_step(total, average_fps, sampling)
@@ -104,7 +108,7 @@ def frame_times(total: int, average_fps: float, sampling: FrameSampling) -> tupl
 
 
 def _fps_step(total: int, average_fps: float, sampling: FrameSampling) -> int | None:
-    """Distance between the frames taken at ``sampling.fps``; None if they are spread evenly."""
+    """Returns the index step of sampling at ``sampling.fps``; None for even sampling."""
     if sampling.fps is None:
         return None
     step = max(1, round(average_fps / sampling.fps))
@@ -112,18 +116,18 @@ def _fps_step(total: int, average_fps: float, sampling: FrameSampling) -> int | 
 
 
 def clip_from_array(frames: ArrayLike, size: int, *, fps: float = 1.0) -> Clip:
-    """Makes a clip of frames that the caller has chosen already; all are used, in their order.
+    """Makes a clip of frames that the caller has sampled already; all are used, in order.
 
     Args:
         frames: uint8 RGB values [F, height, width, 3].
-        size: side of the resulting squares in pixels.
-        fps: frames a second of the given frames, for their times.
+        size: side of the resized square frames, in pixels.
+        fps: rate of the given frames in frames a second, above 0; it determines their times.
 
     Returns:
-        The clip, its frames resized as :func:`read_clip` does it.
+        The clip, with frames resized as in :func:`read_clip`.
 
     Raises:
-        VideoError: if the array is not of that kind.
+        VideoError: if the array has another shape or dtype, or is empty.
         ConfigError: if ``fps`` is not above 0.
     """
     if not 0 < fps < float("inf"):
@@ -152,23 +156,23 @@ def read_clip(
     allow_damaged: bool = False,
     progress: Progress | None = None,
 ) -> Clip:
-    """Reads the chosen frames of a video file.
+    """Reads the sampled frames of a video file.
 
     Args:
-        path: a local file of any format that FFmpeg knows; a still image is a clip of one frame.
-        sampling: which frames to take.
-        size: side of the resulting squares in pixels.
-        allow_damaged: take what can be decoded of a damaged or cut file, and say so in the clip's
-            notes. Frames next to a damaged place may show its traces.
-        progress: called with the frames decoded and to decode as the work goes on; it starts
-            again for a damaged clip.
+        path: a local file in any format that FFmpeg reads; a still image is a clip of one frame.
+        sampling: which frames to sample.
+        size: side of the resized square frames, in pixels.
+        allow_damaged: for a damaged or truncated file, use the frames that can be decoded and add
+            a note to the clip, instead of raising. Frames near the damage may have artefacts.
+        progress: called after each decoded frame; counts frames. It restarts from the first frame
+            if a damaged clip is decoded again.
 
     Returns:
-        The clip. Rotation tags are applied. A frame that is chosen several times is decoded once.
+        The clip, with rotation tags applied. A frame that is sampled several times is decoded once.
 
     Raises:
         VideoError: if the file cannot be read as video, or is damaged and ``allow_damaged`` is
-            False. The message names the file and what to do.
+            False. The message names the file and the remedy.
     """
     found = _scan(path)
     notes = list(found.notes)
@@ -180,8 +184,8 @@ def read_clip(
     total = found.frames
     picked = _pick(path, frame_indices(total, found.fps, sampling), size, True, progress)
     if picked.faults or not picked.decoded or picked.missing > _spare(total):
-        # Decoding in several threads may lose frames next to a fault. What one thread decodes is
-        # the same on every machine, so that decides.
+        # Decoding in several threads may lose frames next to a fault. A single thread decodes the
+        # same frames on every machine, so its count is used.
         total, faults = _count(path)
         if not total:
             raise VideoError(
@@ -210,10 +214,14 @@ def read_clip(
 
 
 def check_clip(path: str | os.PathLike[str], *, allow_damaged: bool = False) -> None:
-    """Looks through a video file without decoding it, to find most faults early.
+    """Checks the structure of a video file without decoding it, which finds most faults early.
+
+    Args:
+        path: a local file in any format that FFmpeg reads.
+        allow_damaged: accept a damaged or truncated file that has at least one complete frame.
 
     Raises:
-        VideoError: as ``read_clip``, for faults that show in the file's structure.
+        VideoError: as :func:`read_clip`, for faults that are visible in the file's structure.
     """
     found = _scan(path)
     if found.damage:
@@ -223,12 +231,15 @@ def check_clip(path: str | os.PathLike[str], *, allow_damaged: bool = False) -> 
 
 
 def _spare(total: int) -> int:
-    """Frames that may be missing at the end of an undamaged clip (some encoders promise more)."""
+    """Returns how many frames an undamaged clip may lack at its end.
+
+    Some encoders declare more frames than they write.
+    """
     return max(2, total // 50)
 
 
 def _refuse_or_note(damage: str, allow_damaged: bool, notes: list[str]) -> None:
-    """Raises for a damaged clip, or notes the damage if the caller wants what is left."""
+    """Raises for a damaged clip, or adds the damage to ``notes`` if the caller allows it."""
     if not allow_damaged:
         raise VideoError(
             f"{damage}; get the file again, or use what is there with --allow-damaged "
@@ -239,13 +250,13 @@ def _refuse_or_note(damage: str, allow_damaged: bool, notes: list[str]) -> None:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What a file holds, found without decoding.
+    """The contents of a file, as found without decoding.
 
     Attributes:
-        frames: frames that should decode.
-        fps: frames a second.
-        damage: what is wrong with the file, continuing "clip.mp4 ..."; None if nothing is.
-        notes: oddities that are no damage.
+        frames: number of frames that should be decodable.
+        fps: average frame rate, in frames a second.
+        damage: the damage, as a phrase that follows the path ("is cut: ..."); None if none.
+        notes: oddities of the file that are not damage.
     """
 
     frames: int
@@ -255,21 +266,21 @@ class _Scan:
 
 
 def _scan(path: str | os.PathLike[str]) -> _Scan:
-    """Counts the frames of a file by walking through its packets."""
+    """Counts the frames of a file by reading its packets, without decoding them."""
     damage = None
     frames = hidden = torn = torn_inside = 0
     end = 0.0
     with _open(path) as container:
         stream = _video_stream(path, container)
         is_mp4 = "mp4" in container.format.name.split(",")
-        # The table of samples as it is after the edit list, which trims a clip without removing
-        # the frames from the file; stream.frames does not know of it.
+        # The index entries reflect the edit list, which trims a clip without removing frames from
+        # the file; stream.frames does not.
         promised = len(stream.index_entries) if is_mp4 else stream.frames
         try:
             for packet in container.demux(stream):
                 if not packet.size:
-                    # A sample without bytes shows the frame before it for longer; the packet
-                    # without a time is none, but PyAV's sign of the end.
+                    # An empty sample extends the previous frame's duration. The empty packet
+                    # without a timestamp is not a sample: PyAV emits it at the end.
                     hidden += packet.dts is not None
                     continue
                 if packet.is_corrupt:
@@ -293,7 +304,7 @@ def _scan(path: str | os.PathLike[str]) -> _Scan:
         elif seconds:
             fps = max(frames, 1) / seconds
         else:
-            fps = 1.0  # no rate and no length: a still image, say, where any rate will do
+            fps = 1.0  # A still image, for instance, for which any rate will do.
 
     notes = []
     if is_mp4 and frames + hidden < promised:
@@ -303,23 +314,31 @@ def _scan(path: str | os.PathLike[str]) -> _Scan:
     elif not is_mp4 and promised and promised != frames:
         notes.append(f"{path}: its header promises {promised} frames, {frames} are there")
     elif not promised and end < 0.9 * seconds - 1:
-        # Matroska, where a header has no count but a length. The slack is for longer sound.
+        # Matroska headers give a length but no frame count. The tolerance is for a longer audio
+        # track.
         notes.append(f"{path}: its header says {seconds:.1f} s, the frames end after {end:.1f} s")
     return _Scan(frames, fps, damage, tuple(notes))
 
 
 def _is_hidden(packet: av.Packet, stream: av.VideoStream) -> bool:
-    """Whether a packet holds a frame that is only there for others to refer to.
+    """Whether a packet holds a frame that is only a reference for others and is not displayed.
 
-    VP8 is the one codec that stores these apart; bit 4 of its frame header is ``show_frame``
-    (RFC 6386, section 9.1).
+    VP8 is the one codec that stores such frames in packets of their own; bit 4 of its frame header
+    is ``show_frame`` (RFC 6386, section 9.1).
     """
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 @dataclass(frozen=True)
 class _Picked:
-    """Frames [F, size, size, 3], how many were decoded for them, and what went wrong."""
+    """The result of decoding the sampled frames.
+
+    Attributes:
+        frames: uint8 RGB values, resized to squares.
+        decoded: number of frames decoded, up to the last sampled one.
+        missing: number of frames that could not be decoded, up to the last sampled one.
+        faults: number of decoding errors and corrupt frames.
+    """
 
     frames: UInt8[np.ndarray, "F size size 3"]
     decoded: int
@@ -334,7 +353,10 @@ def _pick(
     threads: bool,
     progress: Progress | None,
 ) -> _Picked:
-    """Decodes up to the last wanted frame; wanted frames beyond the end are the last there is."""
+    """Decodes a file up to the last index, and resizes the frames at the indices.
+
+    Indices beyond the last decodable frame get that frame.
+    """
     wanted, rows = np.unique(indices, return_inverse=True)
     goal = int(wanted[-1]) + 1
     frames = np.zeros((len(wanted), size, size, 3), np.uint8)
@@ -363,7 +385,7 @@ def _pick(
 
 
 def _count(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Frames of a file that decode, and the faults on the way."""
+    """Returns the numbers of frames that can be decoded and of decoding errors."""
     frames = faults = 0
     for frame in _decode(path, threads=False):
         frames += frame is not None
@@ -374,10 +396,10 @@ def _count(path: str | os.PathLike[str]) -> tuple[int, int]:
 def _decode(
     path: str | os.PathLike[str], threads: bool
 ) -> Generator[av.VideoFrame | None, None, None]:
-    """Yields the frames of a file in the order of showing, and None for each fault.
+    """Yields the frames of a file in presentation order, and None for each decoding error.
 
-    Decoding goes on after a fault, as players do. Incomplete packets are left out without a word:
-    the scan has spoken of them.
+    Decoding continues after an error, as in video players. Incomplete packets are skipped silently,
+    because ``_scan`` reports them.
     """
     with _open(path) as container:
         stream = _video_stream(path, container)
@@ -390,7 +412,7 @@ def _decode(
                     return
                 frames = [] if packet.size and packet.is_corrupt else packet.decode()
             except av.FFmpegError:
-                # From the demuxer it ends the loop: a generator that raised yields no more.
+                # An error of the demuxer ends the loop: a generator that has raised is exhausted.
                 yield None
                 continue
             yield from frames
@@ -399,19 +421,19 @@ def _decode(
 def _upright(
     path: str | os.PathLike[str], frame: av.VideoFrame
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """RGB values of a frame with its rotation tag applied, as players show it."""
+    """Returns the RGB values of a frame with its rotation tag applied, as players display it."""
     turns = round(frame.rotation / 90)
-    if abs(frame.rotation - 90 * turns) > 1:  # the tag holds fractions, PyAV cuts them off
+    if abs(frame.rotation - 90 * turns) > 1:  # The tag may be a fraction, which PyAV truncates.
         raise VideoError(
             f"{path} is tagged as rotated by {frame.rotation} degrees; rotate it by a multiple of "
             "90 with a video editor"
         )
-    # Both count counterclockwise.
+    # Both the tag and rot90 count counterclockwise.
     return np.rot90(frame.to_ndarray(format="rgb24"), turns)
 
 
 def _open(path: str | os.PathLike[str]) -> av.container.InputContainer:
-    """Opens a local file, or says in one line why that is not possible."""
+    """Opens a local video file; a file that cannot be opened raises a VideoError of one line."""
     file = Path(path)
     if file.is_dir():
         raise VideoError(f"{path} is a folder; name one video file")
@@ -424,10 +446,10 @@ def _open(path: str | os.PathLike[str]) -> av.container.InputContainer:
             head = opened.read(12)
         if not head:
             raise VideoError(f"{path} is empty (0 bytes); get the file again")
-        # An absolute path, so that FFmpeg takes no "name:" at its start for a protocol. Titles in
-        # another encoding than UTF-8 must not matter.
+        # The path is absolute because FFmpeg would take a "name:" at its start for a protocol.
+        # Metadata that is not UTF-8 must not be an error.
         container = av.open(str(file.absolute()), metadata_errors="replace")
-    except OSError as error:  # FFmpeg's errors about files are among these
+    except OSError as error:  # FFmpeg's file errors are OSErrors too.
         raise VideoError(f"{path} cannot be opened ({error.strerror})") from error
     except av.FFmpegError as error:
         if head[4:8] == b"ftyp":
@@ -438,7 +460,7 @@ def _open(path: str | os.PathLike[str]) -> av.container.InputContainer:
         raise VideoError(
             f"{path} is not a video ({error.strerror}); give a file such as MP4, MKV, WebM or AVI"
         ) from error
-    if container.format.name == "tty":  # FFmpeg draws text files as pictures of a terminal
+    if container.format.name == "tty":  # FFmpeg renders text files as images of a terminal.
         container.close()
         raise VideoError(f"{path} is a text file; give a file such as MP4, MKV, WebM or AVI")
     return container
@@ -447,7 +469,7 @@ def _open(path: str | os.PathLike[str]) -> av.container.InputContainer:
 def _video_stream(
     path: str | os.PathLike[str], container: av.container.InputContainer
 ) -> av.VideoStream:
-    """The first video stream, cover pictures aside."""
+    """Returns the first video stream that is not a cover picture."""
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
