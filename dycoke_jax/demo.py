@@ -1,4 +1,4 @@
-"""The same questions with and without DyCoke, side by side: answers, counts of tokens, times."""
+"""Compares answers, token counts and times with and without DyCoke, for ``dycoke-jax demo``."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,20 +16,27 @@ from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.task import MONITORED, task_clip
 
-# Three questions to each of the first clips after those that training was watched with.
 KINDS = (
     ("colour", "direction", "describe"),
     ("count", "first", "list"),
     ("where", "brief", "describe"),
 )
+"""The kinds of questions that the demo asks about its first, second and third clip."""
 
 _WIDTH = 110
-"""Columns of the tables where the terminal has fewer, or there is none."""
+"""Least width of the printed tables, in characters."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a clip, and the right answer where it is known."""
+    """A question about a clip.
+
+    Attributes:
+        clip: name of the clip.
+        video: the clip, as a file or as frames.
+        question: text of the question.
+        known: the right answer; None if it is not known.
+    """
 
     clip: str
     video: Video
@@ -39,12 +46,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Side:
-    """All questions answered with one compression.
+    """The answers to all questions with one compression, and their times.
 
     Attributes:
-        answers: in the order of the questions.
-        seconds: of the stages of the whole batch; the median of the runs after the first.
-        first_run: seconds of the first run, most of which is compilation.
+        answers: the answers, in the order of the questions.
+        seconds: wall time of each stage of the batch: the median of all runs but the first.
+        first_run: wall time of the first run in seconds; most of it is compilation.
     """
 
     answers: tuple[Answer, ...]
@@ -53,10 +60,12 @@ class Side:
 
 
 def made_up(size: int) -> list[Asked]:
-    """Questions about made-up clips of the test split.
+    """Questions about made-up clips of the test split, with their right answers.
+
+    The clips are the first ones after those that training runs are evaluated on.
 
     Args:
-        size: pixels a side of the clips.
+        size: height and width of a frame in pixels.
     """
     asked = []
     for number, kinds in enumerate(KINDS):
@@ -79,16 +88,22 @@ def answer_all(
     runs: int = 3,
     progress: Progress | None = None,
 ) -> dict[str, Side]:
-    """Asks everything with each compression.
+    """Answers all questions with each compression, and measures the times.
+
+    The compressions take turns, so that a change in the load of the machine affects all of them.
 
     Args:
-        model: to be asked.
-        asked: run as one batch.
-        compressions: by name.
-        frames: of clips that are files.
-        max_new_tokens: of each answer.
-        runs: that are timed, after a first one that compiles; the sides take turns.
-        progress: told after each run.
+        model: the model that answers.
+        asked: the questions, which run as one batch.
+        compressions: compressions by name; None is the plain model.
+        frames: number of frames to use of a clip that is a file, at least 1.
+        max_new_tokens: number of tokens after which an answer is cut off, at least 1.
+        runs: number of timed runs with each compression, at least 1. One more run precedes them
+            and compiles.
+        progress: called after each run.
+
+    Returns:
+        Answers and times by the names of the compressions.
     """
     videos, prompts = [a.video for a in asked], [a.question for a in asked]
     answers: dict[str, list[Answer]] = {}
@@ -122,14 +137,14 @@ def answer_all(
 
 
 def verdict(asked: Sequence[Asked], side: Side) -> tuple[int, int]:
-    """Right answers, and questions whose answer is known."""
+    """Number of right answers, and number of questions whose answer is known."""
     pairs = zip(asked, side.answers, strict=True)
     known = [answer.text.strip() == a.known for a, answer in pairs if a.known is not None]
     return sum(known), len(known)
 
 
 def longest_of_each_clip(asked: Sequence[Asked]) -> list[Asked]:
-    """One question a clip: the one whose known answer is longest."""
+    """Selects one question for each clip: the one with the longest known answer."""
     longest: dict[str, Asked] = {}
     for a in asked:
         before = longest.get(a.clip)
@@ -139,16 +154,16 @@ def longest_of_each_clip(asked: Sequence[Asked]) -> list[Asked]:
 
 
 def show(asked: Sequence[Asked], sides: dict[str, Side]) -> None:
-    """Prints the answers, the counts, the times and the verdict as tables."""
+    """Prints two tables: the answers, and the token counts, times and numbers of right answers."""
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)
     answers = Table(show_lines=True)
     for column in ("clip", "question", "right answer", *sides):
         answers.add_column(column, overflow="fold")
     for number, a in enumerate(asked):
-        said = (_judged(side.answers[number].text, a.known) for side in sides.values())
-        # Text, not markup: an answer may hold brackets.
-        answers.add_row(a.clip, Text(a.question), Text(a.known or "unknown"), *said)
+        texts = (_judged(side.answers[number].text, a.known) for side in sides.values())
+        # Text instead of a string, because brackets in an answer would be read as markup.
+        answers.add_row(a.clip, Text(a.question), Text(a.known or "unknown"), *texts)
     console.print(answers)
 
     costs = Table()
@@ -163,7 +178,7 @@ def show(asked: Sequence[Asked], sides: dict[str, Side]) -> None:
 
 
 def as_json(asked: Sequence[Asked], sides: dict[str, Side]) -> dict[str, Any]:
-    """Everything that was measured, for machines."""
+    """All answers, token counts and times as values that JSON can hold."""
     return {
         "questions": [{"clip": a.clip, "question": a.question, "known": a.known} for a in asked],
         "sides": {
@@ -182,14 +197,16 @@ def as_json(asked: Sequence[Asked], sides: dict[str, Side]) -> dict[str, Any]:
     }
 
 
-def _judged(said: str, known: str | None) -> Text:
+def _judged(text: str, known: str | None) -> Text:
+    """The text of an answer, with a coloured mark where the right answer is known."""
     if known is None:
-        return Text(said)
-    is_right = said.strip() == known
-    return Text(f"{said} {'✓' if is_right else '✗'}", style="green" if is_right else "red")
+        return Text(text)
+    is_right = text.strip() == known
+    return Text(f"{text} {'✓' if is_right else '✗'}", style="green" if is_right else "red")
 
 
 def _attended(side: Side) -> str:
+    """Mean number of visual tokens that the pruned layers attended to in a decode step."""
     steps = [count for answer in side.answers for count in answer.tokens.attended]
     return f"{sum(steps) / len(steps):.0f}" if steps else "no step"
 
@@ -197,7 +214,7 @@ def _attended(side: Side) -> str:
 _COSTS: dict[str, Callable[[Side], str]] = {
     "visual tokens of a clip": lambda side: str(side.answers[0].tokens.visual),
     "after merging": lambda side: str(side.answers[0].tokens.merged),
-    "attended per decoding step (mean)": _attended,
+    "attended per decode step (mean)": _attended,
     "vision, seconds": lambda side: f"{side.seconds.vision:.3f}",
     "prefill, seconds": lambda side: f"{side.seconds.prefill:.3f}",
     "decode, seconds": lambda side: f"{side.seconds.decode:.3f}",

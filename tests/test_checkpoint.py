@@ -304,6 +304,7 @@ def test_a_converted_folder_converts_again(converted: Path, tmp_path: Path):
     assert same_bits(load(tmp_path / "again"), load(converted, dtype="bfloat16"))
 
 
+@pytest.mark.slow
 def test_a_group_boundary_falls_anywhere(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Many groups on writing and on reading give what one group gives."""
     monkeypatch.setattr("dycoke_jax.checkpoint.orbax_folder._WRITE_BYTES", 30_000)

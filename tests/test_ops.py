@@ -15,6 +15,8 @@ from dycoke_jax.ops.attention import attention, decode_attention
 from dycoke_jax.ops.pooling import pool
 from dycoke_jax.ops.rope import rotate, rotations
 
+LONG = pytest.param(4400, marks=pytest.mark.slow)  # more than MAX_STAGES blocks of queries
+
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -34,7 +36,7 @@ def plain_attention(q, k, v, seen):
     return out
 
 
-@pytest.mark.parametrize("length", [1, 255, 256, 257, 700, 4400])
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 700, LONG])
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_with_holes(length, causal):
     """Blocks of every size, grouped heads, keys that are not there, queries without any key."""
@@ -48,7 +50,7 @@ def test_attention_with_holes(length, causal):
     np.testing.assert_allclose(out, plain_attention(q, k, v, seen), atol=2e-6)
 
 
-@pytest.mark.parametrize("length", [40, 300, 4400])
+@pytest.mark.parametrize("length", [40, 300, LONG])
 def test_attention_keeps_parts_apart(length):
     """Part 0 is seen by all that come after; the others by themselves only."""
     q, k, v = normal(0, 2, 6, length, 8), normal(1, 2, 2, length, 8), normal(2, 2, 2, length, 8)

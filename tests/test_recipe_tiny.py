@@ -101,6 +101,7 @@ def test_probe_loss_weights():
     assert float(loss) == pytest.approx(-(chosen * weights).sum() / weights.sum(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropping", [None, TokenDropping(0.7), TokenDropping(0.7, at_random=True)])
 def test_probe_loss_trains_probes_and_lower_layers_only(tokenizer, dropping):
     """It reads the states after the pre-trained layers, and leaves the answers' loss unchanged."""
@@ -175,6 +176,7 @@ def test_distillation_loss_is_lower_where_student_and_teachers_agree():
     assert not slope.any(), "the layers that read are not to learn to look where the other looks"
 
 
+@pytest.mark.slow
 def test_distillation_trains_the_scoring_layer(tokenizer):
     """No gradient reaches later layers, and ten gradient steps lower the loss."""
     params, batch = packed(tokenizer)

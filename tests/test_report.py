@@ -86,6 +86,7 @@ def test_plot_is_a_picture(tmp_path):
         assert image.width > 500
 
 
+@pytest.mark.slow
 def test_evaluation_goes_on_where_it_was(tmp_path):
     """A second call with more settings runs the new ones only."""
     model, results = tmp_path / "model", tmp_path / "results.json"

@@ -1,8 +1,10 @@
-"""Where the tiny trained checkpoint lies that gives a newcomer true answers."""
+"""The checkpoint of the tiny trained model that ships with the package."""
 
 from pathlib import Path
 
 TINY = Path(__file__).parent / "tiny"
-"""A LLaVA-OneVision of 1.3 million weights in the llava-hf layout. It knows the clips of
-``tasks.task`` and nothing else; ``recipes.tiny`` is the recipe, ``training.jsonl`` in it the
-log of loss and accuracy."""
+"""Folder of a LLaVA-OneVision model with 1.3 million weights, in the llava-hf layout.
+
+It was trained on the clips of ``tasks.task`` only, by ``recipes.tiny``. Its file ``training.jsonl``
+is the log of loss and accuracy.
+"""

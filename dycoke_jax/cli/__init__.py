@@ -1,11 +1,11 @@
-"""The command line: ``dycoke-jax``. Answers go to stdout, everything else to stderr."""
+"""The command line ``dycoke-jax``. Answers go to stdout, everything else to stderr."""
 
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
-from dycoke_jax.cli import asking, checkpoints, learning  # noqa: F401 (they add their commands)
+from dycoke_jax.cli import asking, checkpoints, learning  # noqa: F401 (registers their commands)
 from dycoke_jax.cli.app import app
 from dycoke_jax.cli.console import say
 from dycoke_jax.errors import DycokeError
@@ -13,15 +13,17 @@ from dycoke_jax.errors import DycokeError
 # Heavy imports (jax, flax, PyAV) happen inside the commands, so that --help answers at once.
 
 USER_ERROR = 2
+"""Exit code of a run that ends with a DycokeError."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; a DycokeError becomes its message and exit code 2.
+    """Runs the command line. A DycokeError is printed as one line, and the exit code is 2.
 
     Args:
-        arguments: what follows the program's name; None takes them from ``sys.argv``.
+        arguments: the command-line arguments without the program's name. None: those of
+            ``sys.argv``.
     """
-    # transformers would advise to install PyTorch, which nothing here needs.
+    # transformers would print advice to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:

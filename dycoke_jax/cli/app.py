@@ -1,4 +1,4 @@
-"""The application that the commands belong to."""
+"""The Typer application in which the commands are registered."""
 
 from typing import Annotated, Literal
 
@@ -11,11 +11,12 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Fast video language models in JAX: LLaVA-OneVision and LLaVA-Video with DyCoke.",
+    help="Video language models in JAX, made fast by DyCoke: LLaVA-OneVision and LLaVA-Video.",
 )
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+"""Dtypes that weights can be stored in."""
 
 
 def _print_version(wanted: bool | None) -> None:
@@ -29,7 +30,7 @@ def _options(
     version: Annotated[
         bool | None,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = None,
 ) -> None:

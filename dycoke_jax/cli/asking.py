@@ -1,4 +1,4 @@
-"""Commands that answer questions: generate, demo."""
+"""The commands that answer questions: generate, demo."""
 
 import dataclasses
 import json
@@ -13,9 +13,32 @@ from dycoke_jax.config import PoolMode
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
 
-Merged = Annotated[float, typer.Option(help="DyCoke: share of a compared frame's tokens to drop.")]
-Pruned = Annotated[float, typer.Option(help="DyCoke: share of kept visual tokens to prune.")]
-PrunedFrom = Annotated[int, typer.Option(help="DyCoke: first pruned layer, from 1.")]
+# Titles of the groups of options in the help texts.
+_CLIP, _DYCOKE, _DECODING, _PROMPT = "Clip", "DyCoke", "Decoding", "Prompt and model"
+
+K = Annotated[
+    float,
+    typer.Option(
+        help="Share of tokens that temporal token merging drops from each compared frame, "
+        "in [0, 1).",
+        rich_help_panel=_DYCOKE,
+    ),
+]
+P = Annotated[
+    float,
+    typer.Option(
+        help="Share of the kept visual tokens that the pruned layers do not attend to in a "
+        "decode step, in [0, 1).",
+        rich_help_panel=_DYCOKE,
+    ),
+]
+Layer = Annotated[
+    int,
+    typer.Option(
+        help="First pruned layer, counted from 0; at least 1 and below the number of layers.",
+        rich_help_panel=_DYCOKE,
+    ),
+]
 
 
 @app.command(
@@ -23,62 +46,138 @@ PrunedFrom = Annotated[int, typer.Option(help="DyCoke: first pruned layer, from 
     '--prompt "What happens?"`'
 )
 def generate(
-    model: Annotated[str, typer.Option(help="Folder or hub id of the checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="The question.")],
-    video: Annotated[Path | None, typer.Option(help="The clip; none asks the text alone.")] = None,
-    frames: Annotated[int, typer.Option(help="Number of frames to use.")] = 32,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames a second to use, at most `frames`.")
+    model: Annotated[str, typer.Option(help="Checkpoint: folder or hub id.")],
+    prompt: Annotated[str, typer.Option(help="Question about the clip.")],
+    video: Annotated[
+        Path | None, typer.Option(help="Video file. Default: none, the prompt is text only.")
     ] = None,
-    k: Merged = 0.7,
-    p: Pruned = 0.7,
-    layer: PrunedFrom = 3,
+    frames: Annotated[
+        int,
+        typer.Option(
+            help="Number of frames to use, at least 1, spread evenly over the clip; with --fps, "
+            "the maximum number.",
+            rich_help_panel=_CLIP,
+        ),
+    ] = 32,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            help="Frames a second to use, above 0. Default: --frames alone decides.",
+            rich_help_panel=_CLIP,
+        ),
+    ] = None,
+    k: K = 0.7,
+    p: P = 0.7,
+    layer: Layer = 3,
     threshold: Annotated[
-        float, typer.Option(help="DyCoke: similarity below which the kept set is chosen anew.")
+        float,
+        typer.Option(
+            help="Cosine similarity, in (0, 1], of the attention of successive decode steps; "
+            "below it the attended tokens are chosen anew.",
+            rich_help_panel=_DYCOKE,
+        ),
     ] = 0.9,
     mode: Annotated[
         Literal["paper", "official"],
-        typer.Option(help="DyCoke as in the paper or as in the published code."),
+        typer.Option(
+            help="paper: as the text of the paper describes it. official: as the published code "
+            "computes it.",
+            rich_help_panel=_DYCOKE,
+        ),
     ] = "paper",
     parked: Annotated[
         Literal["device", "drop"],
-        typer.Option(help="DyCoke: where pruned KV waits; drop frees it, and it cannot return."),
+        typer.Option(
+            help="Where keys and values that are not chosen are stored. device: in device memory, "
+            "so that they can be chosen later. drop: nowhere; the choice is made once.",
+            rich_help_panel=_DYCOKE,
+        ),
     ] = "device",
-    no_dycoke: Annotated[bool, typer.Option("--no-dycoke", help="Run the plain model.")] = False,
+    no_dycoke: Annotated[
+        bool,
+        typer.Option("--no-dycoke", help="Run the model without DyCoke.", rich_help_panel=_DYCOKE),
+    ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Length of the longest answer in tokens.")
+        int,
+        typer.Option(
+            help="Number of tokens after which the answer is cut off, at least 1.",
+            rich_help_panel=_DECODING,
+        ),
     ] = 128,
     temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 for greedy decoding.")
+        float,
+        typer.Option(
+            help="Sampling temperature, 0 or more; 0 is greedy decoding.",
+            rich_help_panel=_DECODING,
+        ),
     ] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            help="Number of most likely tokens to sample from; 0 for the whole vocabulary.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from the fewest tokens that hold this probability, in (0, 1].",
+            rich_help_panel=_DECODING,
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of sampling, 0 or more.", rich_help_panel=_DECODING)
+    ] = 0,
     system: Annotated[
-        str | None, typer.Option(help="System turn; an empty text leaves it out.")
+        str | None,
+        typer.Option(
+            help="Text of the system turn; an empty text omits the turn. "
+            'Default: "You are a helpful assistant."',
+            rich_help_panel=_PROMPT,
+        ),
     ] = None,
     time_text: Annotated[
-        bool, typer.Option("--time-text", help="Tell the model the frames' times (LLaVA-Video).")
+        bool,
+        typer.Option(
+            "--time-text",
+            help="Add the times of the frames to the prompt, as LLaVA-Video does.",
+            rich_help_panel=_PROMPT,
+        ),
     ] = False,
     pool_mode: Annotated[
-        PoolMode | None, typer.Option(help="Override the config's pooling.")
+        PoolMode | None,
+        typer.Option(
+            help="Pooling of visual tokens. Default: that of the checkpoint's configuration.",
+            rich_help_panel=_PROMPT,
+        ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Compute in this; default: as stored.")
+        Dtype | None,
+        typer.Option(
+            help="Dtype of weights and computation. Default: as stored.",
+            rich_help_panel=_PROMPT,
+        ),
     ] = None,
     allow_damaged: Annotated[
-        bool, typer.Option("--allow-damaged", help="Use what can be decoded of a damaged clip.")
+        bool,
+        typer.Option(
+            "--allow-damaged",
+            help="Use the frames of a damaged clip that can be decoded, instead of refusing it.",
+            rich_help_panel=_CLIP,
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Ask a question about a video."""
+    """Answer a question about a video."""
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.compression.dycoke import DyCoke
     from dycoke_jax.engine import Decoding
     from dycoke_jax.inputs import DEFAULT_SYSTEM, FrameSampling, check_clip
     from dycoke_jax.llava_video import LlavaVideo
 
-    # Refuse what can be refused before a large checkpoint is read.
+    # Bad settings and clips are refused before a large checkpoint is read.
     compression = None if no_dycoke else DyCoke(k, layer, p, threshold, mode, parked)
     FrameSampling(frames=frames, fps=fps)
     Decoding(max_new_tokens, temperature, top_k, top_p, seed)
@@ -107,7 +206,7 @@ def generate(
             progress=progress,
         )
         first = next(pieces)
-    # The bars are gone: from here on the answer is shown as it comes.
+    # The progress bars are removed by now, so the answer can be printed as it is generated.
     answer = first.answer
     if not as_json:
         print(first.text, end="", flush=True)
@@ -117,11 +216,11 @@ def generate(
             print(piece.text, end="", flush=True)
     assert answer is not None
     if as_json:
-        shown = dataclasses.asdict(answer)
-        # A text alone has nothing to compress.
+        result = dataclasses.asdict(answer)
+        # A prompt without a clip has nothing to compress.
         applied = compression if video is not None else None
-        shown["compression"] = None if applied is None else dataclasses.asdict(applied)
-        print(json.dumps(shown))
+        result["compression"] = None if applied is None else dataclasses.asdict(applied)
+        print(json.dumps(result))
         return
     print()
     for note in answer.notes:
@@ -140,26 +239,34 @@ def generate(
 )
 def demo(
     video: Annotated[
-        Path | None, typer.Option(help="A clip of your own; needs --prompt, and has no verdict.")
+        Path | None,
+        typer.Option(help="Video file of your own; needs --prompt. Default: the made-up clips."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Question about your own video file; needs --video.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id. Default: the tiny one that ships, trained on "
-            "made-up clips and knowing nothing else."
+            help="Checkpoint: folder or hub id; needs --video. Default: the tiny model that "
+            "ships with the package, which is trained on made-up clips only."
         ),
     ] = None,
-    frames: Annotated[int, typer.Option(help="Number of frames to use.")] = 16,
-    k: Merged = 0.7,
-    p: Pruned = 0.7,
-    layer: PrunedFrom = 3,
+    frames: Annotated[
+        int, typer.Option(help="Number of frames of the video file to use, at least 1.")
+    ] = 16,
+    k: K = 0.7,
+    p: P = 0.7,
+    layer: Layer = 3,
     picture: Annotated[
-        Path, typer.Option(help="PNG to write: what was dropped, and what was attended to.")
+        Path,
+        typer.Option(help="PNG file to write; it shows the dropped and the attended tokens."),
     ] = Path("dycoke-demo.png"),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Answer questions with and without DyCoke, side by side, in a minute."""
+    """Compare answers, token counts and times with and without DyCoke."""
     from dycoke_jax import demo as demonstration
     from dycoke_jax.assets import TINY
     from dycoke_jax.compression.dycoke import DyCoke
@@ -202,4 +309,4 @@ def demo(
         print(json.dumps(measured | {"picture": str(picture)}))
         return
     demonstration.show(asked, sides)
-    say(f"wrote {picture}: what DyCoke dropped is dark, what later layers attended to is framed")
+    say(f"wrote {picture}: dropped tokens are dark, attended tokens have a yellow border")

@@ -1,4 +1,4 @@
-"""Commands about checkpoints: convert, init."""
+"""The commands that write checkpoints: convert, init."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,16 +17,24 @@ from dycoke_jax.errors import ConfigError
 )
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Folder (lmms-lab, llava-hf, converted) or hub id.")
+        str,
+        typer.Argument(
+            help="Checkpoint to convert: folder (lmms-lab, llava-hf or Orbax layout) or hub id."
+        ),
     ],
-    destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
     to: Annotated[
         Literal["orbax", "llava-hf"],
-        typer.Option(help="orbax: for this library. llava-hf: for transformers."),
+        typer.Option(help="Layout to write: orbax for this library, llava-hf for transformers."),
     ] = "orbax",
-    dtype: Annotated[Dtype | None, typer.Option(help="Change the dtype of all weights.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the written weights. Default: as stored.")
+    ] = None,
 ) -> None:
-    """Convert a checkpoint, bit for bit unless --dtype is given."""
+    """Convert a checkpoint to another layout.
+
+    The weights stay the same bit for bit unless --dtype is given.
+    """
     from dycoke_jax import checkpoint
 
     write = checkpoint.convert if to == "orbax" else checkpoint.export
@@ -37,16 +45,21 @@ def convert(
 
 @app.command(epilog="Example: `dycoke-jax init tiny-random --preset tiny`")
 def init(
-    destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
-    preset: Annotated[str, typer.Option(help=f"Sizes: {', '.join(PRESETS)}.")] = "tiny",
+    destination: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
+    preset: Annotated[
+        str, typer.Option(help=f"Model whose shapes to use: {', '.join(PRESETS)}.")
+    ] = "tiny",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights, 0 or more.")] = 0,
 ) -> None:
-    """Make an untrained checkpoint (llava-hf layout): the real shapes, answers of pure noise."""
+    """Write a checkpoint with random weights, in the llava-hf layout.
+
+    It has the shapes of a real model, but its answers are noise.
+    """
     from dycoke_jax.checkpoint.untrained import write_untrained
 
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     with progress_bars() as progress:
         write_untrained(destination, PRESETS[preset], dtype, seed, progress)
-    say(f"wrote {destination}: random weights, its answers mean nothing")
+    say(f"wrote {destination}: the weights are random, so its answers are noise")

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees beside the answers: lines and bars, on stderr."""
+"""Messages and progress bars for the user, on stderr."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +14,24 @@ _MEBI = 1 << 20
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Writes a line for the person at the terminal, as it is and unbroken."""
+    """Prints a line to stderr, without markup and without wrapping.
+
+    Args:
+        text: the line.
+        style: a rich style, such as a colour; None for plain text.
+    """
     Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Progress bars, a bar for each kind of work; gone after the block, hidden without terminal."""
+    """Shows progress bars while the block runs, one for each kind of work.
+
+    The bars are removed at the end of the block. If stderr is not a terminal, none are drawn.
+
+    Yields:
+        The callback that moves the bars.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,10 +41,11 @@ def progress_bars() -> Iterator[Progress]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bars:
-        yield _shown(bars)
+        yield _callback(bars)
 
 
-def _shown(bars: rich.progress.Progress) -> Progress:
+def _callback(bars: rich.progress.Progress) -> Progress:
+    """A progress callback that adds a bar for each new kind of work and moves it."""
     tasks: dict[str, Any] = {}
 
     def show(what: str, done: int, total: int) -> None:

@@ -1,1 +1,1 @@
-"""Accuracy of a model by kind of question, with and without compression."""
+"""Accuracy of a model on the built-in task, with and without compression."""

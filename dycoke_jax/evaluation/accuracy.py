@@ -1,4 +1,4 @@
-"""Accuracy of a model on the built-in task, by kind of question and setting of compression."""
+"""Measures the accuracy of a model on the built-in task, by kind of question."""
 
 import math
 import tempfile
@@ -16,24 +16,29 @@ from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.task import TaskClip
 
 FILE_SIZE = 256
-"""Pixels a side of clips that are written as files."""
+"""Height and width in pixels of clips that are written as files."""
 
 
 @dataclass
 class Tally:
-    """Right answers of those asked."""
+    """Counts answers.
+
+    Attributes:
+        right: number of right answers.
+        asked: number of questions.
+    """
 
     right: int = 0
     asked: int = 0
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Share of right answers, in [0, 1]; at least one question must have been asked."""
         return self.right / self.asked
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % confidence interval of the accuracy."""
+        """Lower and upper end of Wilson's 95 % confidence interval of the accuracy."""
         z, n, p = 1.959964, self.asked, self.accuracy
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -42,14 +47,14 @@ class Tally:
 
 @dataclass
 class Result:
-    """What one setting scored.
+    """Accuracy and token counts with one compression setting.
 
     Attributes:
-        name: of the setting.
-        kinds: tally of each kind of question.
-        visual: visual tokens of a clip.
-        merged: those that entered the language model.
-        attended: mean number that pruned layers attended to in a decoding step.
+        name: name of the setting.
+        kinds: numbers of right answers and questions, by kind of question.
+        visual: mean number of visual tokens of a clip before compression.
+        merged: mean number of visual tokens that entered the language model.
+        attended: mean number of visual tokens that the pruned layers attended to in a decode step.
     """
 
     name: str
@@ -60,7 +65,7 @@ class Result:
 
     @property
     def whole(self) -> Tally:
-        """All questions together."""
+        """Numbers of right answers and questions of all kinds together."""
         tallies = self.kinds.values()
         return Tally(sum(t.right for t in tallies), sum(t.asked for t in tallies))
 
@@ -75,20 +80,23 @@ def evaluate(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Result:
-    """Asks all questions of all clips; an answer is right if it is the known one, word for word.
+    """Measures the accuracy with one compression setting.
+
+    An answer is right if it equals the known one word for word.
 
     Args:
-        model: to be asked.
-        clips: of the test split, all of the same length.
-        name: of the setting.
-        compression: the setting.
-        through_files: write each clip as an H.264 file and let the model read that.
-        batch_size: questions that run together.
-        progress: told of questions answered after each batch, under the setting's name.
+        model: the model that answers.
+        clips: at least one clip; all have the same number of frames.
+        name: name of the setting.
+        compression: the compression; None is the plain model.
+        through_files: encode each clip as an H.264 file, from which the model reads it.
+        batch_size: number of questions that run together, at least 1.
+        progress: called after each batch with the name of the setting and the number of questions
+            answered so far.
     """
     frames = clips[0].scene.frames
     asked = [(index, question) for index, clip in enumerate(clips) for question in clip.questions]
-    # Answers of a kind are about equally long: a batch waits for its longest.
+    # A batch runs until its longest answer is done, and answers of a kind are about equally long.
     asked.sort(key=lambda entry: entry[1].kind)
     result = Result(name)
     attended: list[int] = []
@@ -120,7 +128,10 @@ def evaluate(
 def _videos(
     model: LlavaVideo, clips: Sequence[TaskClip], through_files: bool
 ) -> Iterator[Callable[[int], Video]]:
-    """Gives the clip of a number, as frames or as a file that lasts as long as the block."""
+    """Yields a function that returns a clip by its number, as frames or as a file.
+
+    The files are removed at the end of the block.
+    """
     if not through_files:
         yield lambda index: draw(clips[index].scene, model.config.vision.image_size)
         return

@@ -1,4 +1,4 @@
-"""Results as a file, a table and a plot."""
+"""Reads and writes results of an evaluation, and shows them as a table and as a plot."""
 
 import json
 from collections import Counter
@@ -17,11 +17,14 @@ from dycoke_jax.files import write_file
 from dycoke_jax.tasks.questions import KINDS
 
 WIDTH = 170
-"""Columns that ``table`` needs."""
+"""Width that the table of ``table`` needs, in characters."""
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """One setting: accuracy with its confidence interval in all and by kind, and token counts."""
+    """The result of one setting as values that JSON can hold.
+
+    They are token counts, and accuracies with confidence intervals, of all questions and by kind.
+    """
     return {
         "visual": result.visual,
         "merged": result.merged,
@@ -32,7 +35,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def from_json(name: str, entry: Mapping[str, Any]) -> Result:
-    """The inverse of ``as_json``."""
+    """The result of the setting ``name`` from the values that ``as_json`` returned."""
     result = Result(name, visual=entry["visual"], merged=entry["merged"])
     result.attended = entry["attended"]
     for kind, scores in entry["kinds"].items():
@@ -45,15 +48,19 @@ def _scores(tally: Tally) -> dict[str, Any]:
 
 
 def read(path: Path, described: Mapping[str, Any]) -> dict[str, Result]:
-    """Settings that an earlier evaluation of the same kind has finished; none without a file.
+    """Reads the results of an earlier, possibly unfinished run of the same evaluation.
 
     Args:
-        path: of the file.
-        described: what decides the results besides the settings.
+        path: the file of results.
+        described: the description of the evaluation: all that decides its results apart from the
+            compression settings. It must equal the one in the file.
+
+    Returns:
+        Results by the names of their settings; none if there is no file.
 
     Raises:
-        ConfigError: when the file holds another evaluation's results.
-        OutputError: when it cannot be read.
+        ConfigError: if the file holds the results of another evaluation.
+        OutputError: if the file cannot be read.
     """
     if not path.exists():
         return {}
@@ -79,7 +86,13 @@ def write(
     results: Mapping[str, Result],
     blind: Mapping[str, float],
 ) -> None:
-    """Writes all results, whole or not at all.
+    """Writes all results to a file; if that fails, an existing file is left as it is.
+
+    Args:
+        path: the file.
+        described: the description of the evaluation, as for ``read``.
+        results: results by the names of their settings.
+        blind: share of right answers of the best guess without the clip, by kind of question.
 
     Raises:
         OutputError: if the file cannot be written.
@@ -90,27 +103,28 @@ def write(
 def everything(
     described: Mapping[str, Any], results: Mapping[str, Result], blind: Mapping[str, float]
 ) -> dict[str, Any]:
-    """All results for machines; ``blind`` as for ``table``."""
+    """All results as values that JSON can hold; the arguments are those of ``write``."""
     settings = {name: as_json(result) for name, result in results.items()}
     return {"evaluation": described, "settings": settings, "blind": blind}
 
 
 def table(results: Sequence[Result], blind: Mapping[str, float]) -> Table:
-    """Accuracy in per cent: a row a setting, and the blind guesser's below.
+    """A table of accuracies in per cent: a row for each setting, and one for the blind guess.
+
+    The cell of a kind of question is empty if no question of that kind was asked.
 
     Args:
-        results: the first one is what the others are compared with.
-        blind: share of right answers of who never sees a clip, by kind. Few clips may leave kinds
-            of questions unasked: their places stay empty.
+        results: at least one result; column "lost" compares the others with the first.
+        blind: share of right answers of the best guess without the clip, by kind of question.
     """
-    shown = Table()
-    shown.add_column("setting", no_wrap=True)
+    rows = Table()
+    rows.add_column("setting", no_wrap=True)
     for column in ("tokens", "attended", "all", "95 %", "lost", *KINDS):
-        shown.add_column(column, justify="right", no_wrap=True)
+        rows.add_column(column, justify="right", no_wrap=True)
     full = results[0].whole.accuracy
     for result in results:
         whole, (low, high) = result.whole, result.whole.interval
-        shown.add_row(
+        rows.add_row(
             result.name,
             f"{result.merged:.0f}",
             f"{result.attended:.0f}",
@@ -125,8 +139,8 @@ def table(results: Sequence[Result], blind: Mapping[str, float]) -> Table:
     asked = {kind: tally.asked for kind, tally in results[0].kinds.items()}
     whole_blind = sum(blind[kind] * count for kind, count in asked.items()) / sum(asked.values())
     chance = (_percent(blind[kind]) if kind in blind else "" for kind in KINDS)
-    shown.add_row("blind guess", "0", "0", f"{100 * whole_blind:.1f}", "", "", *chance)
-    return shown
+    rows.add_row("blind guess", "0", "0", f"{100 * whole_blind:.1f}", "", "", *chance)
+    return rows
 
 
 def _percent(share: float) -> str:
@@ -134,16 +148,27 @@ def _percent(share: float) -> str:
 
 
 def check_plot() -> None:
-    """Raises ConfigError where matplotlib, an optional dependency, is not installed."""
+    """Checks that matplotlib, an optional dependency, is installed.
+
+    Raises:
+        ConfigError: if it is not.
+    """
     if find_spec("matplotlib") is None:
         raise ConfigError('the plot needs matplotlib: pip install "dycoke_jax[plot]"')
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draws accuracy against visual tokens: those that enter, and those attended to per step.
+    """Draws accuracy against numbers of visual tokens, and writes the plot as a PNG file.
+
+    The left part has the tokens that enter the language model, the right part those that the pruned
+    layers attend to in a decode step.
+
+    Args:
+        results: results with different names.
+        path: the file to write.
 
     Raises:
-        ConfigError: where matplotlib is not installed.
+        ConfigError: if matplotlib is not installed.
         OutputError: if the file cannot be written.
     """
     check_plot()
@@ -163,7 +188,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
             above = [high - y_ for y_, (_, high) in zip(y, ends, strict=True)]
             axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, label=name)
     left.set(xlabel="visual tokens that enter the language model", ylabel="right answers, %")
-    right.set(xlabel="visual tokens attended to per decoding step (mean)")
+    right.set(xlabel="visual tokens attended to per decode step (mean)")
     right.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -173,14 +198,17 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def sweeps(names: Sequence[str]) -> dict[str, list[str]]:
-    """Settings that belong on one line: of one method, all numbers but one alike.
+    """Groups settings into the lines of the plot.
+
+    The settings of a line have the same method and differ in one parameter. Every other parameter
+    has the value that is most frequent among the settings of the method.
 
     Args:
-        names: words, and numbers such as ``K=0.7``; what most settings of a method have is its
-            usual number.
+        names: names of settings: the words of the method, and parameters such as ``K=0.7``.
 
     Returns:
-        Names by the label of their line: the method, and which number changes where several do.
+        Names of settings by the label of their line. The label is the method, followed by the
+        parameter that differs if the method has several lines.
     """
     methods: dict[str, list[str]] = {}
     for name in names:

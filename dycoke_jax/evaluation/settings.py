@@ -1,11 +1,13 @@
-"""The settings that are compared: each part of DyCoke, and dropping blindly."""
+"""The compression settings that an evaluation compares: DyCoke, its parts, and baselines."""
 
 from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.protocol import Compressor
 
 FULL = "full"
+"""Name of the setting without compression."""
 DEFAULT = "paper K=0.7 P=0.7 L=3"
+"""Name of DyCoke's default settings."""
 
 HEADLINES: dict[str, Compressor | None] = {
     FULL: None,
@@ -13,7 +15,8 @@ HEADLINES: dict[str, Compressor | None] = {
     "random tokens K=0.7": RandomTokens(0.7),
     "whole frames K=0.7": WholeFrames(0.7),
 }
-"""The plain model, DyCoke as it is by default, and as many tokens dropped blindly."""
+"""The plain model, DyCoke with its defaults, and two baselines that drop tokens without looking at
+them: as many random tokens as DyCoke, and whole frames."""
 
 SWEEPS: dict[str, Compressor | None] = {
     **{f"paper K={k} P=0.7 L=3": DyCoke(k=k) for k in (0.3, 0.5, 0.9)},
@@ -26,4 +29,4 @@ SWEEPS: dict[str, Compressor | None] = {
     **{f"random tokens K={k}": RandomTokens(k) for k in (0.3, 0.5, 0.9)},
     **{f"whole frames K={k}": WholeFrames(k) for k in (0.3, 0.5, 0.9)},
 }
-"""One part changed at a time."""
+"""Further settings of the same methods; mostly one parameter differs from ``HEADLINES``."""

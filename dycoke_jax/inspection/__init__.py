@@ -1,1 +1,1 @@
-"""What became of each visual token while a question was answered, as data and as pictures."""
+"""Traces of single answers: which visual tokens were kept and attended to, also as pictures."""

@@ -1,10 +1,11 @@
-"""Looks at what compression does with one clip: which tokens stay, and which each step attends to.
+"""Traces one answer: which visual tokens are kept, and which of them each decode step attends to.
 
     trace = trace_answer(model, "clip.mp4", "What happens?")
-    trace.kept[3]          # which tokens of frame 3 entered the language model
-    trace.attended[0, 3]   # and which of them the pruned layers read for the second token
+    trace.kept[3]          # which visual tokens of frame 3 entered the language model
+    trace.attended[0, 3]   # which of them the pruned layers attended to in decode step 0
 
-The programs are those of ``LlavaVideo.generate``, stopped after every token to read their state.
+The compiled programs are those of ``LlavaVideo.generate``; after every token they return to the
+host, which reads their state.
 """
 
 from dataclasses import dataclass
@@ -25,19 +26,19 @@ from dycoke_jax.llava_video import LlavaVideo, Video
 
 @dataclass(frozen=True)
 class Trace:
-    """One answer, and what became of every visual token while it was made.
+    """One answer, and the visual tokens that were kept and attended to while it was generated.
 
     Attributes:
         text: the answer.
-        words: its text token by token; ``words[0]`` comes from reading the prompt, ``words[1 + s]``
-            from decoding step s.
-        frames: the clip as the model saw it, resized.
-        grid: rows and columns of a frame's tokens.
-        kept: tokens that entered the language model.
-        attended: tokens that the pruned layers attended to, by decoding step; all kept ones where
-            nothing is pruned.
-        refreshed: decoding steps that chose those tokens anew.
-        tokens: counts.
+        words: the text of each generated token: ``words[0]`` is from prefill and ``words[1 + s]``
+            from decode step s.
+        frames: the frames as the model reads them, resized, RGB.
+        grid: numbers of rows and columns of the visual tokens of a frame.
+        kept: whether each visual token was kept.
+        attended: whether the pruned layers attended to each visual token, for each decode step;
+            equal to ``kept`` in every step if nothing is pruned.
+        refreshed: whether each decode step chose the attended tokens anew.
+        tokens: numbers of tokens.
     """
 
     text: str
@@ -61,12 +62,13 @@ def trace_answer(
     fps: float | None = None,
     system: str | None = DEFAULT_SYSTEM,
 ) -> Trace:
-    """Answers one question greedily and notes what happens to the visual tokens.
+    """Answers one question by greedy decoding and records the kept and the attended tokens.
 
     The arguments are those of ``LlavaVideo.generate``.
 
     Raises:
-        DycokeError: as ``generate`` does.
+        RequestError: if there is no clip.
+        DycokeError: whatever ``LlavaVideo.generate`` raises.
     """
     if video is None:
         raise RequestError("there is nothing to trace without a clip")
@@ -79,20 +81,20 @@ def trace_answer(
     attended: list[np.ndarray] = []
     refreshed: list[bool] = []
 
-    def look(state: DecodeState) -> None:
-        step, of_kept = jax.device_get((state.step, state.kept))
-        order = np.arange(kept.size) if of_kept is None else of_kept[0]
-        if step == 1:  # the first token: nothing has been decoded yet
+    def record(state: DecodeState) -> None:
+        step, kept_indices = jax.device_get((state.step, state.kept))
+        order = np.arange(kept.size) if kept_indices is None else kept_indices[0]
+        if step == 1:  # The first token is from prefill; no decode step has run yet.
             kept.reshape(-1)[order] = True
             return
-        seen = kept
+        attended_now = kept
         if state.pruned is not None:
             slots = state.pruned.is_visual[0], state.pruned.chosen_slots()[0]
             visual, chosen = jax.device_get(slots)
-            seen = np.zeros(shape, bool)
-            # The visual slots that hold no newline hold the kept tokens in their order.
-            seen.reshape(-1)[order] = chosen[visual]
-        attended.append(seen)
+            attended_now = np.zeros(shape, bool)
+            # Visual slots without a newline hold the kept tokens, in the order of the indices.
+            attended_now.reshape(-1)[order] = chosen[visual]
+        attended.append(attended_now)
         refreshed.append(bool(jax.device_get(state.refreshed[0, step - 1])))
 
     for rows in run_batch(
@@ -102,7 +104,7 @@ def trace_answer(
         compression,
         model.stop_ids,
         stream_every=1,
-        observe=look,
+        observe=record,
     ):
         generated = rows[0]
     decode = model.tokenizer.backend_tokenizer.decode

@@ -1,5 +1,6 @@
-"""A made-up video question-answering data set whose right answers are known.
+"""The built-in task: made-up clips, with questions whose right answers are known.
 
-A scene (``scenes``) is a description of a clip; it is drawn (``pictures``), written as a video file
-(``clip_files``) and asked about (``questions``). ``task`` numbers the clips of its two splits.
+``scenes`` draws random descriptions of clips. From a description, ``pictures`` paints the frames
+and ``questions`` makes questions and answers. ``task`` numbers the clips of the training and the
+test split, and ``clip_files`` encodes frames as a video file.
 """

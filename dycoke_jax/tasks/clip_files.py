@@ -1,4 +1,4 @@
-"""Writes frames as a real video file."""
+"""Writes frames as a video file."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from jaxtyping import UInt8
 
 
 def write_clip(path: Path, frames: UInt8[np.ndarray, "F height width 3"], fps: int = 8) -> None:
-    """Encodes frames as H.264 in an mp4 file, as cameras and editors do (yuv420p, crf 23).
+    """Encodes frames as H.264 in an MP4 file, lossily as usual (yuv420p, CRF 23).
 
     Args:
-        path: of the file; one that exists is replaced.
-        frames: of even height and width.
-        fps: frames a second.
+        path: the file to write; an existing file is replaced.
+        frames: RGB frames of even height and width.
+        fps: frames a second, at least 1.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)

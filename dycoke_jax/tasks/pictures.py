@@ -1,4 +1,4 @@
-"""Draws the frames of a scene."""
+"""Paints the frames of a scene."""
 
 from functools import lru_cache
 
@@ -18,19 +18,22 @@ _RGB = {
     "white": (245, 245, 245),
 }
 _SIZE = 0.86
-"""Side of a thing as a share of its cell's."""
+"""Height and width of a thing as a share of those of a grid cell."""
 _SAMPLES = 6
-"""Points along each side of a pixel at which a shape is looked at, for smooth edges."""
+"""Points along each side of a pixel at which a shape is sampled, for smooth edges."""
 
 
 def draw(scene: Scene, size: int = 64) -> UInt8[np.ndarray, "F {size} {size} 3"]:
-    """The frames of a scene: its things over a dim background that changes slowly.
+    """Paints the frames of a scene: its things over a dim background that changes slowly.
 
     Args:
-        scene: what to draw; its seed decides background, noise and small shifts.
-        size: pixels a side.
+        scene: the scene; its seed decides background, noise, exact colours and small shifts.
+        size: height and width of a frame in pixels.
+
+    Returns:
+        RGB frames.
     """
-    # Another stream than the one that the scene itself was drawn from.
+    # A random stream of its own, independent of the one that draw_scene uses.
     random = np.random.default_rng([scene.seed, 1])
     canvas = _background(random, scene.frames, size)
     cell = size / GRID
@@ -53,7 +56,7 @@ def draw(scene: Scene, size: int = 64) -> UInt8[np.ndarray, "F {size} {size} 3"]
 def _background(
     random: np.random.Generator, frames: int, size: int
 ) -> Float[np.ndarray, "F {size} {size} 3"]:
-    """A dim colour with a slope across the picture, brighter or darker as time goes on."""
+    """A dim colour gradient that becomes brighter or darker with time, as RGB in 0..255."""
     colour = random.uniform(25, 85, 3)
     slope = random.uniform(-20, 20, (2, 3))
     drift = random.uniform(-12, 12) * np.linspace(0, 1, frames)
@@ -64,7 +67,7 @@ def _background(
 
 @lru_cache(maxsize=64)
 def _mask(shape: str, pixels: int) -> Float[np.ndarray, "{pixels} {pixels}"]:
-    """How much of each pixel a shape covers, 0..1."""
+    """The share of each pixel that a shape covers, in [0, 1]."""
     fine = pixels * _SAMPLES
     along = (np.arange(fine) + 0.5) / fine * 2 - 1
     y, x = np.meshgrid(along, along, indexing="ij")

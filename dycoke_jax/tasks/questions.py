@@ -1,4 +1,4 @@
-"""Questions about a scene whose answers need the video, and what a blind guesser would score."""
+"""Questions about a scene, and the score of the best guess without the clip."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,12 +22,18 @@ KINDS = (
     "list",
     "describe",
 )
-"""Kinds of questions; the answers of the last two are long."""
+"""Kinds of questions; the answers to the last two are long."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip, its one right answer, and its kind (one of ``KINDS``)."""
+    """A question about a clip.
+
+    Attributes:
+        kind: kind of the question, one of ``KINDS``.
+        text: text of the question.
+        answer: the only right answer.
+    """
 
     kind: str
     text: str
@@ -35,10 +41,14 @@ class Question:
 
 
 def ask(scene: Scene, random: np.random.Generator) -> list[Question]:
-    """One question of each kind that makes sense for the scene, in the order of ``KINDS``.
+    """Makes one question of each kind that suits the scene, in the order of ``KINDS``.
 
-    Which thing is asked about is drawn at random, so that answers are balanced where the scene
-    leaves a choice.
+    The thing that a question is about is drawn at random, so that answers are balanced as far as
+    the scene allows.
+
+    Args:
+        scene: the scene.
+        random: random generator; its state advances.
     """
     things = scene.things
     is_clip = scene.frames > 1
@@ -50,8 +60,8 @@ def ask(scene: Scene, random: np.random.Generator) -> list[Question]:
         asked.append(_direction(_any(random, moving if of_moving else lasting), random))
         if len(things) > 1:
             asked.append(_first(things, random))
-        # Clips without a brief thing, or without a meeting, are three and four in ten; asking
-        # all of them would make "none" the best guess by far.
+        # Three clips in ten have no brief thing, and four in ten no meeting. If the question were
+        # asked about all of them, "none" would be the best guess by far.
         if len(lasting) < len(things) or random.random() < 0.3:
             asked.append(_brief(things))
     asked.append(_where(_any(random, lasting), random))
@@ -64,16 +74,21 @@ def ask(scene: Scene, random: np.random.Generator) -> list[Question]:
             asked.append(_meets(_any(random, others), random))
         asked += [_list(things), _describe(things)]
     else:
-        asked += _read(things)
+        asked += _list_and_describe_picture(things)
     return asked
 
 
 def short_questions(scene: Scene, random: np.random.Generator) -> list[Question]:
-    """Short questions about every thing of a scene, in random order.
+    """Makes short questions about every thing of a scene, in random order.
 
-    They practise what ``ask`` asks once: a thing's colour and where it is in the end; its shape in
-    a still picture; in a clip which way it moves and, of moving ones, which colour it meets. Most
-    name the thing by its shape, which is harder to find than a colour.
+    ``ask`` makes at most one question of each kind; this function makes one for each thing. A
+    thing's colour is always asked. A still picture adds its place and its shape. A clip adds, for
+    things that are not brief, their place in the end, their direction and, if they move, the colour
+    they meet. Many questions name the thing by its shape, which is harder to find than a colour.
+
+    Args:
+        scene: the scene.
+        random: random generator; its state advances.
     """
     asked = []
     for thing in scene.things:
@@ -87,10 +102,10 @@ def short_questions(scene: Scene, random: np.random.Generator) -> list[Question]
 
 
 def blind_score(questions: Iterable[Question]) -> dict[str, float]:
-    """Per kind, the share of right answers of the best guesser who never sees a clip.
+    """The share of right answers of the best guess without the clip, by kind of question.
 
-    The guesser knows how often each answer is right for the kind of question; where the question
-    names candidates, answers count as "the first that is named" and so on.
+    The best guess is the most frequent answer of each kind. A word of an answer that also occurs in
+    the question is replaced by its position there, so that "the colour named first" is one answer.
     """
     answers: Mapping[str, Counter[str]] = defaultdict(Counter)
     for question in questions:
@@ -101,6 +116,7 @@ def blind_score(questions: Iterable[Question]) -> dict[str, float]:
 
 
 def _without_names(question: Question) -> str:
+    """The answer, with words that occur in the question replaced by their positions there."""
     words = question.text.replace("?", "").replace(",", "").split()
     return " ".join(
         f"<{words.index(word)}>" if word in words else word for word in question.answer.split()
@@ -108,10 +124,12 @@ def _without_names(question: Question) -> str:
 
 
 def _any(random: np.random.Generator, things: Sequence[Thing]) -> Thing:
+    """Draws one of the things."""
     return things[int(random.integers(len(things)))]
 
 
 def _name(thing: Thing, random: np.random.Generator) -> str:
+    """Names a thing by its colour or by its shape, at random."""
     return f"the {thing.colour} thing" if random.random() < 0.5 else f"the {thing.shape}"
 
 
@@ -171,8 +189,8 @@ def _describe(things: tuple[Thing, ...]) -> Question:
     return Question("describe", "Describe every thing in order of appearance.", " ".join(sentences))
 
 
-def _read(things: Sequence[Thing]) -> list[Question]:
-    """The long questions about a still picture."""
+def _list_and_describe_picture(things: Sequence[Thing]) -> list[Question]:
+    """The questions with long answers about a still picture, in raster order of the things."""
     things = sorted(things, key=lambda thing: thing.cells[0])
     colours = ", ".join(thing.colour for thing in things)
     sentences = " ".join(f"The {thing.colour} {thing.shape} stays." for thing in things)

@@ -1,9 +1,9 @@
-"""Made-up clips as plain descriptions: which things there are, where they are, and when.
+"""Draws random descriptions of made-up clips: which things there are, where they are, and when.
 
-A scene is drawn at random from a seed. Its things lie on a grid of four by four cells and differ in
-shape and in colour, so that either names one. They appear at different frames; they stay, move
-straight, turn once, meet another thing, or show up for one or two frames only. Much of a clip is
-the same from frame to frame, as in real video, and what happens is over in few of them.
+A scene follows from a seed. Its things lie on a grid of four by four cells. All differ in shape and
+in colour, so that either of the two names a thing. They appear in different frames; they stay, move
+straight, turn once, meet another thing, or are there for one or two frames only. As in real video,
+most of a clip is the same from frame to frame, and an event takes few frames.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,22 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
 GRID = 4
+"""Number of rows and of columns of the grid."""
 
 _STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+"""Rows and columns that a thing moves by one cell in each direction."""
 _FRAMES_PER_CELL = 2
-_LEAST_SHOWN = 5
-"""Frames that a thing which is not brief can be seen, at least."""
+"""Frames in which a moving thing moves by one cell."""
+_MIN_DURATION = 5
+"""Least number of frames that contain a thing that is not brief."""
 _LATEST_START = 8
-"""The last frame at which a thing appears that is not brief, in a clip of 16 frames."""
+"""Last frame, from 0, in which a thing that is not brief may appear, in a clip of 16 frames."""
 _TRIES = 20
-"""Places tried for one thing before the whole scene is tried anew."""
+"""Number of places that are tried for a thing before all things are placed anew."""
 
 
 class Cell(NamedTuple):
-    """A place of the grid, from 0; fractions are places between two cells."""
+    """A place on the grid, counted from 0; fractions are places between two cells."""
 
     row: float
     column: float
@@ -40,10 +43,10 @@ class Thing:
     Attributes:
         shape: one of ``SHAPES``.
         colour: one of ``COLOURS``.
-        appears: the first frame that shows it.
-        cells: where it is in that frame and the following ones; as many as show it.
-        motion: the directions in which it moves, one after the other: none, one or two.
-        meets: colour of the thing on whose cell it ends, or None.
+        appears: number of the first frame that contains it, from 0.
+        cells: its place in each frame that contains it; these frames follow each other.
+        motion: the directions in which it moves, in order: none, one or two.
+        meets: colour of the thing on whose cell it ends; None if it meets no other thing.
     """
 
     shape: str
@@ -55,13 +58,19 @@ class Thing:
 
     @property
     def is_brief(self) -> bool:
-        """Whether it shows up for one or two frames only."""
+        """Whether it is there for one or two frames only."""
         return len(self.cells) <= 2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A clip: its things in order of appearance, its length, and a seed for its looks."""
+    """The description of a clip.
+
+    Attributes:
+        things: its things, in order of appearance.
+        frames: its number of frames.
+        seed: seed of background, noise, exact colours and small shifts.
+    """
 
     things: tuple[Thing, ...]
     frames: int
@@ -70,12 +79,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """What scenes are drawn from.
+    """The distribution that scenes are drawn from.
 
     Attributes:
-        frames: of a clip; 1 gives still pictures, whose things neither move nor meet.
-        least: things of a scene, at least.
-        most: things of a scene, at most.
+        frames: number of frames of a clip, at least 1. 1 gives still pictures, in which things
+            neither move nor meet. Clips of 2 to 8 frames have room for few things only: lower
+            ``most``, or ``draw_scene`` may fail or never return.
+        least: least number of things of a scene, at least 1.
+        most: greatest number of things of a scene, at most 6.
     """
 
     frames: int = 16
@@ -84,13 +95,19 @@ class SceneSettings:
 
 
 def draw_scene(seed: int, settings: SceneSettings | None = None) -> Scene:
-    """A random scene; the same seed and settings give the same one on every machine."""
+    """Draws a scene; the same seed and settings give the same scene on every machine.
+
+    Args:
+        seed: seed of the scene, 0 or more.
+        settings: the distribution; None: ``SceneSettings()``.
+    """
     settings = settings or SceneSettings()
     random = np.random.default_rng(seed)
     count = int(random.integers(settings.least, settings.most + 1))
     names = list(zip(random.permutation(SHAPES), random.permutation(COLOURS), strict=False))
     roles = _draw_roles(random, count, settings.frames)
-    # The roles stand before places are tried, so that what fits easily is not drawn more often.
+    # Roles are fixed before places are tried; otherwise roles that fit easily would be more
+    # frequent.
     things = None
     while things is None:
         things = _place(random, names, roles, settings.frames)
@@ -99,7 +116,14 @@ def draw_scene(seed: int, settings: SceneSettings | None = None) -> Scene:
 
 
 class _Role(NamedTuple):
-    """What a thing does."""
+    """What a thing does.
+
+    Attributes:
+        motion: the directions in which it moves, as ``Thing.motion``.
+        is_brief: whether it is there for one or two frames only.
+        is_met: whether another thing ends on its cell.
+        meets: whether it ends on the cell of another thing.
+    """
 
     motion: tuple[str, ...] = ()
     is_brief: bool = False
@@ -108,7 +132,7 @@ class _Role(NamedTuple):
 
 
 def _draw_roles(random: np.random.Generator, count: int, frames: int) -> list[_Role]:
-    """Roles in the order in which places are sought: the met thing, moving ones, others."""
+    """Draws roles, in the order in which things are placed: met, moving, still and brief ones."""
     if frames == 1:
         return [_Role()] * count
     brief = [_Role(is_brief=True)] if count > 1 and random.random() < 0.7 else []
@@ -122,6 +146,7 @@ def _draw_roles(random: np.random.Generator, count: int, frames: int) -> list[_R
 
 
 def _draw_motion(random: np.random.Generator) -> tuple[str, ...]:
+    """Draws one direction, or two that form a turn."""
     first = str(random.choice(list(_STEPS)))
     if random.random() < 0.5:
         return (first,)
@@ -132,7 +157,7 @@ def _draw_motion(random: np.random.Generator) -> tuple[str, ...]:
 def _place(
     random: np.random.Generator, names: list[tuple[str, str]], roles: list[_Role], frames: int
 ) -> list[Thing] | None:
-    """One attempt; None where the things would be in each other's way."""
+    """Tries once to place all things; None if a thing finds no path that is free."""
     starts = _draw_starts(random, roles, frames)
     taken: set[Cell] = set()
     things: list[Thing] = []
@@ -152,7 +177,7 @@ def _place(
 
 
 def _draw_starts(random: np.random.Generator, roles: list[_Role], frames: int) -> list[int]:
-    """The frame at which each thing appears, all different."""
+    """Draws the frame in which each thing appears; in a clip, all are different."""
     if frames == 1:
         return [0] * len(roles)
     lasting = sum(not role.is_brief for role in roles)
@@ -164,7 +189,7 @@ def _draw_starts(random: np.random.Generator, roles: list[_Role], frames: int) -
 def _draw_cells(
     random: np.random.Generator, role: _Role, appears: int, frames: int, met: Thing | None
 ) -> tuple[Cell, ...]:
-    """Where a thing is in each frame that shows it; empty if it would leave grid or clip."""
+    """Draws the place of a thing in each frame that contains it; empty if the draw does not fit."""
     corners = [Cell(int(random.integers(GRID)), int(random.integers(GRID)))]
     if frames == 1:
         return (corners[0],)
@@ -174,7 +199,7 @@ def _draw_cells(
         length = int(random.integers(2, 4) if len(role.motion) == 1 else random.integers(1, 3))
         row, column = _STEPS[direction]
         corners.append(Cell(corners[-1].row + row * length, corners[-1].column + column * length))
-    if met is not None:  # moved as a whole, so that it ends on the other's cell
+    if met is not None:  # The whole path is shifted, so that it ends on the cell of the met thing.
         down, across = (a - b for a, b in zip(met.cells[0], corners[-1], strict=True))
         corners = [Cell(cell.row + down, cell.column + across) for cell in corners]
     if not all(0 <= value < GRID for cell in corners for value in cell):
@@ -183,18 +208,18 @@ def _draw_cells(
     for start, stop in pairwise(corners):
         cells += _between(start, stop)
     if met is not None and appears + len(cells) <= met.appears + 2:
-        return ()  # the other must have been seen before
-    shown = frames - appears
-    least = max(len(cells) + 1, min(_LEAST_SHOWN, frames))
-    if shown < least:
+        return ()  # The met thing must have appeared earlier.
+    duration = frames - appears
+    least = max(len(cells) + 1, min(_MIN_DURATION, frames))
+    if duration < least:
         return ()
     if not role.is_met and random.random() < 0.3:
-        shown = int(random.integers(least, shown + 1))
-    return tuple(cells + [corners[-1]] * (shown - len(cells)))
+        duration = int(random.integers(least, duration + 1))
+    return tuple(cells + [corners[-1]] * (duration - len(cells)))
 
 
 def _between(start: Cell, stop: Cell) -> list[Cell]:
-    """The places after ``start`` on the straight way to ``stop``, this one included."""
+    """The places on the straight line from ``start`` (excluded) to ``stop`` (included)."""
     rows, columns = stop.row - start.row, stop.column - start.column
     steps = int(abs(rows) + abs(columns)) * _FRAMES_PER_CELL
     parts = [step / steps for step in range(1, steps + 1)]

@@ -1,4 +1,4 @@
-"""The built-in task: a clip and its questions for every number, training and test numbers apart."""
+"""The clips of the built-in task and their questions, by split and number."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,21 +11,34 @@ from dycoke_jax.tasks.scenes import Scene, SceneSettings, draw_scene
 Split = Literal["train", "test"]
 
 MONITORED = 64
-"""The first test clips, by which training runs are watched; what is published is measured on those
-after them."""
+"""Number of clips, the first of the test split, that training runs are evaluated on.
+
+Published results are measured on the clips after them, so that they are held out.
+"""
 
 
 @dataclass(frozen=True)
 class TaskClip:
-    """A scene and what is asked about it, one question of a kind, in random order."""
+    """A clip of the task.
+
+    Attributes:
+        scene: the scene.
+        questions: at most one question of each kind, in random order.
+    """
 
     scene: Scene
     questions: tuple[Question, ...]
 
 
 def task_clip(split: Split, number: int, settings: SceneSettings | None = None) -> TaskClip:
-    """Clip ``number`` (from 0) of a split; the same on every machine."""
-    seed = 2 * number + (split == "test")  # so no number of one split is a scene of the other
+    """The clip of a number in a split; the same on every machine.
+
+    Args:
+        split: the split; no scene is in both.
+        number: number of the clip, from 0.
+        settings: the distribution of scenes; None: ``SceneSettings()``.
+    """
+    seed = 2 * number + (split == "test")  # Even seeds are training scenes, odd seeds test scenes.
     scene = draw_scene(seed, settings)
     random = np.random.default_rng([seed, 2])
     questions = ask(scene, random)
