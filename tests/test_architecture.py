@@ -69,6 +69,11 @@ def test_imports_go_down(module):
             assert floor_of[room(other)] > floor_of[room(module)], f"{module} imports {other}"
 
 
+def test_imports_are_found_inside_functions_too():
+    assert "dycoke_jax.models.llava" in set(imported("dycoke_jax.generation.prefill"))
+    assert "dycoke_jax.recipes.tiny.recipe" in set(imported("dycoke_jax.cli.learning"))
+
+
 def test_modules_import_each_other_in_no_circle():
     imports = {module: set(imported(module)) for module in MODULES}
     # A package's __init__ gathers names of its own modules; that is no circle of theirs.

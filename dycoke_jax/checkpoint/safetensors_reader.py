@@ -1,6 +1,5 @@
 """Reads a safetensors file, or the shards that an index lists, one tensor at a time."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dycoke_jax.checkpoint.report import Report
 from dycoke_jax.errors import CheckpointError
+from dycoke_jax.files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -155,11 +155,7 @@ def _files(folder: Path, report: Report) -> _Files:
 
 
 def _read_index(folder: Path, report: Report) -> _Files:
-    try:
-        index = json.loads((folder / INDEX).read_bytes())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / INDEX} is not readable as JSON ({error})") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor to file")
     promised: dict[str, set[str]] = {}

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from dycoke_jax.checkpoint.save import save_llava_hf
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import CheckpointError, ConfigError
+from dycoke_jax.files import read_json_object
 from dycoke_jax.models.llava import Params, abstract_params
 from dycoke_jax.progress import Progress
 from dycoke_jax.training.scoring import Evaluate
@@ -198,7 +199,7 @@ def _claim(folder: Path, described: Mapping[str, Any]) -> None:
                 raise CheckpointError(f"{folder} is not empty and holds no training run")
             run.write_text(text, encoding="utf-8")
         elif run.read_text(encoding="utf-8") != text:
-            before, now = json.loads(run.read_text(encoding="utf-8")), json.loads(text)
+            before, now = read_json_object(run), json.loads(text)
             changed = sorted(
                 key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
             )
