@@ -23,6 +23,7 @@ from dycoke_jax.engine import (
     run_batch,
 )
 from dycoke_jax.errors import RequestError
+from dycoke_jax.inputs.clip import clip_from_array
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
     Conversation,
@@ -31,7 +32,8 @@ from dycoke_jax.inputs.prompts import (
     stop_ids,
     time_instruction,
 )
-from dycoke_jax.inputs.video import FrameSampling, clip_from_array, read_clip
+from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.inputs.video import read_clip
 from dycoke_jax.models.llava import Params
 from dycoke_jax.progress import Progress
 

@@ -173,12 +173,17 @@ def test_vp8_frames_that_are_never_shown_do_not_count(tmp_path: Path) -> None:
     with av.open(str(path)) as old, av.open(str(hidden), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         packets = [packet for packet in old.demux(video=0) if packet.size]
+        shown = 0
         for number, packet in enumerate(packets):
             data = bytearray(bytes(packet))
+            time = 100 * shown
             if number in (5, 11, 17):
                 data[0] &= ~0x10  # show_frame
+                time -= 1  # an encoder puts it right before the next frame
+            else:
+                shown += 1
             copy = av.Packet(bytes(data))
-            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.pts, copy.dts, copy.time_base = time, time, packet.time_base
             copy.is_keyframe, copy.stream = packet.is_keyframe, stream
             new.mux(copy)
     clip = read_clip(hidden, ALL, SIZE)

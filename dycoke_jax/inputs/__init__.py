@@ -3,6 +3,7 @@
 Everything here runs on the host; no accelerator is used.
 """
 
+from dycoke_jax.inputs.clip import Clip, clip_from_array
 from dycoke_jax.inputs.frames import resize
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
@@ -12,15 +13,8 @@ from dycoke_jax.inputs.prompts import (
     stop_ids,
     time_instruction,
 )
-from dycoke_jax.inputs.video import (
-    Clip,
-    FrameSampling,
-    check_clip,
-    clip_from_array,
-    frame_indices,
-    frame_times,
-    read_clip,
-)
+from dycoke_jax.inputs.sampling import FrameSampling, frame_indices, frame_times
+from dycoke_jax.inputs.video import check_clip, read_clip
 
 __all__ = [
     "DEFAULT_SYSTEM",

@@ -9,7 +9,8 @@ import numpy as np
 from dycoke_jax.checkpoint import open_checkpoint
 from dycoke_jax.checkpoint.conversion import copy_companions
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.inputs.video import FrameSampling, read_clip
+from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.inputs.video import read_clip
 from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.training.batches import Example, pack

@@ -9,7 +9,8 @@ import numpy as np
 
 from dycoke_jax.errors import RequestError
 from dycoke_jax.inputs.prompts import Conversation, Tokenizer
-from dycoke_jax.inputs.video import FrameSampling, check_clip, read_clip
+from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.inputs.video import check_clip, read_clip
 from dycoke_jax.training.batches import Example, token_count
 from dycoke_jax.training.sources import BatchShape, StepData
 from dycoke_jax.training.token_dropping import TokenDroppingMix

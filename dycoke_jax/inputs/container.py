@@ -1,0 +1,176 @@
+"""Opens video files with FFmpeg (PyAV) and chooses their video stream.
+
+A clip is one file. Some of FFmpeg's formats are lists or scripts that make it open other files, so
+only formats whose data lie in the file itself are allowed, and FFmpeg gets the list of these before
+it opens the file.
+"""
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import av.container
+import av.stream
+
+from dycoke_jax.errors import VideoError
+
+Readable = str | os.PathLike[str] | bytes | BinaryIO
+"""A path, the bytes of a path, the bytes of a file, or an open binary file."""
+
+# Names of FFmpeg's demuxers. Left out are those that open other files (concat, dash, hls, image2,
+# imf, sdp, vobsub, ...), devices, text drawn as pictures (tty), and still pictures, which Pillow
+# reads.
+_VIDEO = (
+    "3g2,3gp,asf,avi,av1,avs,avs2,avs3,cavsvideo,dirac,dnxhd,dv,evc,flic,flv,gxf,h261,h263,h264,"
+    "hevc,ivf,kux,live_flv,lvf,lxf,m4v,matroska,mjpeg,mjpeg_2000,mov,mp4,mpeg,mpegts,mpegvideo,mtv,"
+    "mxf,nsv,nut,nuv,obu,ogg,pva,rm,smk,swf,vc1,vc1test,vvc,webm,wtv,xmv,yuv4mpegpipe"
+)
+# Files without pictures are allowed, so that the message can say what they hold.
+_OTHER = "aac,ac3,aiff,amr,ass,caf,flac,mp3,srt,wav,webvtt"
+_OPTIONS = {"format_whitelist": f"{_VIDEO},{_OTHER}", "protocol_whitelist": "file"}
+
+_PICTURES = "give a file such as MP4, MKV, WebM or AVI"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read, which may be opened several times.
+
+    Attributes:
+        name: what messages call it.
+        content: absolute path of the file, or its bytes.
+        head: the first 4096 bytes of the file.
+    """
+
+    name: str
+    content: Path | bytes
+    head: bytes
+
+    def open(self) -> BinaryIO | str:
+        """Returns what FFmpeg and Pillow open: a path, or a new file in memory."""
+        return io.BytesIO(self.content) if isinstance(self.content, bytes) else str(self.content)
+
+
+def find_source(readable: Readable) -> Source:
+    """Finds a file and reads its first bytes.
+
+    Bytes without a zero byte are taken for a path, since no path holds a zero byte and every video
+    file does. An open file is read into memory, from its current position.
+
+    Raises:
+        VideoError: if there is no such file, or it is empty or a folder or cannot be read.
+    """
+    if isinstance(readable, bytes | bytearray | memoryview):
+        data = bytes(readable)
+        if b"\0" in data or not data:
+            return _in_memory("the clip given as bytes", data)
+        readable = os.fsdecode(data)
+    if not isinstance(readable, str | os.PathLike):
+        name = getattr(readable, "name", None)
+        try:
+            data = readable.read()
+        except (OSError, ValueError) as error:
+            raise VideoError(f"the file object of the clip cannot be read ({error})") from error
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise VideoError("the file object of the clip gives texts; open the file in mode 'rb'")
+        return _in_memory(str(name or "the clip given as a file object"), bytes(data))
+    return _on_disk(os.fsdecode(readable))
+
+
+def _in_memory(name: str, data: bytes) -> Source:
+    if not data:
+        raise VideoError(f"{name} is empty (0 bytes); get the file again")
+    return Source(name, data, data[:4096])
+
+
+def _on_disk(name: str) -> Source:
+    file = Path(name)
+    try:
+        if file.is_dir():
+            raise VideoError(f"{name} is a folder; name one video file")
+        if not file.exists():
+            raise VideoError(f"{name}: no such file; check the path")
+        if not file.is_file():
+            raise VideoError(f"{name} is no regular file; name one video file")
+        with file.open("rb") as opened:
+            head = opened.read(4096)
+    except ValueError as error:  # a zero byte in the path
+        raise VideoError(f"{name!r} is no path ({error}); check it") from error
+    except OSError as error:
+        raise VideoError(f"{name} cannot be opened ({error.strerror})") from error
+    if not head:
+        raise VideoError(f"{name} is empty (0 bytes); get the file again")
+    # The path is absolute because FFmpeg would take a "name:" at its start for a protocol.
+    return Source(name, file.absolute(), head)
+
+
+def open_container(source: Source) -> av.container.InputContainer:
+    """Opens a video file with FFmpeg.
+
+    Raises:
+        VideoError: if it is no video file, or of a format that is not allowed.
+    """
+    try:
+        # Metadata that is not UTF-8 must not be an error.
+        return av.open(source.open(), "r", options=_OPTIONS, metadata_errors="replace")
+    except av.FFmpegError as error:
+        raise VideoError(_why_not(source, error)) from error
+    except OSError as error:
+        raise VideoError(f"{source.name} cannot be opened ({error.strerror})") from error
+
+
+def _why_not(source: Source, error: av.FFmpegError) -> str:
+    """Returns why FFmpeg could not open a file, and what to do."""
+    if source.head[4:8] == b"ftyp":
+        if source.head[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"avis"):
+            return f"{source.name} is a picture that Pillow cannot read here; convert it to JPEG"
+        return (
+            f"{source.name} is an MP4 or MOV file without its index (moov), which is written last: "
+            "a recording, copy or download was broken off; get the file again"
+        )
+    if _is_text(source.head):
+        return (
+            f"{source.name} is not a video, it is a text file, and playlists and scripts are not "
+            f"followed; {_PICTURES}"
+        )
+    return f"{source.name} is not a video ({error.strerror}); {_PICTURES}"
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        # The last character may be cut.
+        return "\0" not in head[:-4].decode()
+    except UnicodeDecodeError:
+        return False
+
+
+def video_stream(source: Source, container: av.container.InputContainer) -> av.VideoStream:
+    """Returns the video stream that FFmpeg's program takes: the default one, then the largest.
+
+    Cover pictures, thumbnails and the tiles of a picture are left aside.
+
+    Raises:
+        VideoError: if there is none, or no decoder for it.
+    """
+    kinds = av.stream.Disposition
+    aside = kinds.attached_pic | kinds.timed_thumbnails | kinds.dependent
+    streams = [stream for stream in container.streams.video if not stream.disposition & aside]
+    if not streams:
+        found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise VideoError(
+            f"{source.name} has no video stream, only {found}; give a file with pictures"
+        )
+    decodable = [stream for stream in streams if stream.codec_context is not None]
+    if not decodable:
+        raise VideoError(
+            f"{source.name}: there is no decoder for its video stream; convert it, to H.264 in MP4 "
+            "for instance"
+        )
+
+    def rank(stream: av.VideoStream) -> tuple[bool, int]:
+        return bool(stream.disposition & kinds.default), stream.width * stream.height
+
+    return max(decodable, key=rank)

@@ -1,0 +1,122 @@
+"""Reads still pictures and picture animations with Pillow, which also turns them upright.
+
+FFmpeg would show one tile of an AVIF or HEIF picture, and ignores some EXIF orientations.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dycoke_jax.errors import VideoError
+from dycoke_jax.inputs.clip import Clip
+from dycoke_jax.inputs.container import Source
+from dycoke_jax.inputs.frames import resize
+from dycoke_jax.inputs.sampling import (
+    FrameSampling,
+    Timeline,
+    choose_frames,
+    even_timeline,
+    measure_timeline,
+)
+from dycoke_jax.progress import Progress
+
+_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names; HEIF is there if a plugin has registered it."""
+_ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")
+"""Formats whose further pictures are an animation, and not pages or previews."""
+
+_SHORTEST_MS, _DEFAULT_MS = 20, 100
+"""Players show a picture of an animation with a shorter delay for the default one."""
+
+
+def is_picture(source: Source) -> bool:
+    """Whether a file is a still picture or a picture animation, by its first bytes."""
+    image = _open(source)
+    if image is not None:
+        image.close()
+    return image is not None
+
+
+def read_picture(
+    source: Source, sampling: FrameSampling, size: int, progress: Progress | None = None
+) -> Clip:
+    """Reads a picture as a clip: a still gives one frame, an animation its frames and delays.
+
+    Args:
+        source: a file for which :func:`is_picture` holds.
+        sampling: which frames to sample.
+        size: side of the resized square frames, in pixels.
+        progress: called after each decoded frame; counts frames.
+
+    Raises:
+        VideoError: if it cannot be decoded.
+    """
+    image = _open(source)
+    assert image is not None
+    notes = []
+    with image:
+        pictures = getattr(image, "n_frames", 1)
+        if image.format not in _ANIMATED:
+            if image.format == "TIFF" and pictures > 1:
+                notes.append(f"{source.name} holds {pictures} pages; the first is used")
+            pictures = 1
+        try:
+            timeline = _timeline(image, pictures)
+            indices, times = choose_frames(timeline, sampling)
+            frames = {}
+            goal = int(indices[-1]) + 1
+            for index in np.unique(indices).tolist():
+                image.seek(index)
+                frames[index] = resize(_rgb(image), size)
+                if progress is not None:
+                    progress("decoding frames", index + 1, goal)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise VideoError(
+                f"{source.name} is a damaged picture ({error}); get the file again"
+            ) from error
+    if timeline.rate is None:
+        notes.append(UNEVEN.format(source.name))
+    return Clip(
+        np.stack([frames[index] for index in indices.tolist()]),
+        times,
+        timeline.duration,
+        tuple(notes),
+    )
+
+
+UNEVEN = "{}: its frames are unevenly spaced in time, so frames are chosen by their timestamps"
+"""Note on a clip of uneven times, to be formatted with its name."""
+
+
+def _open(source: Source) -> Image.Image | None:
+    Image.init()
+    try:
+        return Image.open(source.open(), formats=[f for f in _FORMATS if f in Image.OPEN])
+    except Image.UnidentifiedImageError:
+        return None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{source.name} is a picture that cannot be read ({error})") from error
+
+
+def _timeline(image: Image.Image, pictures: int) -> Timeline:
+    """Returns the times of a picture's frames."""
+    if pictures == 1:
+        return even_timeline(1, 1.0)
+    delays = []
+    for index in range(pictures):
+        image.seek(index)
+        image.load()
+        delay = round(image.info.get("duration", 0))
+        delays.append(delay if delay >= _SHORTEST_MS else _DEFAULT_MS)
+    starts = np.cumsum([0, *delays])
+    return measure_timeline(starts[:-1], int(starts[-1]), Fraction(1, 1000), [])
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Returns the current frame of an image, upright and as 8-bit RGB."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
+        values = np.asarray(upright)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    return upright.convert("RGB")

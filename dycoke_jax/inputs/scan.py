@@ -1,0 +1,245 @@
+"""Finds the frames of a video file, their order and their times by reading its packets.
+
+Nothing is decoded. What only decoding can tell is marked as uncertain.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+import av
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dycoke_jax.inputs.container import Source, open_container, video_stream
+from dycoke_jax.inputs.entry_points import is_entry_point
+from dycoke_jax.inputs.sampling import Timeline, even_timeline, measure_timeline
+
+_TINY_MPEG4 = 16  # bytes; a picture that is not coded takes 6 to 8
+
+
+@dataclass(frozen=True, eq=False)
+class Packets:
+    """The packets of a video stream that hold data, in the order of decoding.
+
+    Attributes:
+        pts: presentation timestamp of each, or its decoding timestamp if it has none.
+        dts: decoding timestamp of each, or its presentation timestamp if it has none.
+        duration: duration in ticks; 0 if unknown.
+        position: place in the file in bytes; -1 if unknown.
+        is_shown: whether it holds a frame that is displayed.
+        is_key: whether it is marked as a key frame.
+        is_entry: whether decoding can start there, by the bitstream of its codec.
+        is_empty: whether it is so small that it may hold no coded picture.
+    """
+
+    pts: Int[np.ndarray, "packets"]
+    dts: Int[np.ndarray, "packets"]
+    duration: Int[np.ndarray, "packets"]
+    position: Int[np.ndarray, "packets"]
+    is_shown: Bool[np.ndarray, "packets"]
+    is_key: Bool[np.ndarray, "packets"]
+    is_entry: Bool[np.ndarray, "packets"]
+    is_empty: Bool[np.ndarray, "packets"]
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The contents of a file, as found without decoding.
+
+    Attributes:
+        packets: the packets of the video stream; incomplete ones at the end are left out.
+        order: packet numbers of the frames, in the order of presentation.
+        has_pts: whether decoded frames carry the timestamps in ``packets.pts``.
+        tick: unit of the timestamps, in seconds.
+        header_rates: frame rates that the header suggests, in frames a second, without those that
+            cannot be.
+        incomplete: number of packets that FFmpeg marks as corrupt. Often it is only that a counter
+            jumps, where whole files were joined.
+        damage: the damage, as a phrase that follows the file's name ("is cut: ..."); None if none.
+        notes: oddities of the file that are not damage.
+    """
+
+    packets: Packets
+    order: Int[np.ndarray, "frames"]
+    has_pts: bool
+    tick: Fraction
+    header_rates: list[float]
+    incomplete: int
+    damage: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """Number of frames that should be decodable."""
+        return len(self.order)
+
+    @property
+    def pts(self) -> Int[np.ndarray, "frames"]:
+        """Timestamp of each frame, in the order of presentation."""
+        return self.packets.pts[self.order]
+
+    @property
+    def timeline(self) -> Timeline:
+        """The times of the frames, of which there is at least one."""
+        return self.timeline_of(self.pts, self.packets.duration[self.order])
+
+    def timeline_of(
+        self, pts: Int[np.ndarray, "shown"], duration: Int[np.ndarray, "shown"]
+    ) -> Timeline:
+        """Returns the times of frames with these timestamps and durations in ticks."""
+        ticks = _joined(pts, duration)
+        end = int(ticks[-1] + duration[-1])
+        return measure_timeline(ticks, end, self.tick, self.header_rates)
+
+    def nominal_timeline(self, total: int) -> Timeline:
+        """Returns the times of ``total`` frames by the header's rate, for damaged files."""
+        return even_timeline(total, self.header_rates[0] if self.header_rates else 1.0)
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether only decoding tells which packets give a frame.
+
+        It does for packets that are marked as corrupt, those before the first key frame, those that
+        follow it but are shown before it (leading pictures, which are lost where an open group of
+        pictures was cut), and those that may hold no coded picture.
+        """
+        packets = self.packets
+        keys = np.flatnonzero(packets.is_key)
+        first = int(keys[0]) if len(keys) else 0
+        is_leading = packets.is_shown & (packets.pts < packets.pts[first])
+        return bool(
+            self.incomplete
+            or first
+            or (self.has_pts and is_leading.any())
+            or packets.is_empty.any()
+        )
+
+
+def scan(source: Source) -> Scan:
+    """Reads the packets of a file's video stream.
+
+    Raises:
+        VideoError: if it cannot be opened or has no video stream that can be decoded.
+    """
+    damage = None
+    hidden = incomplete = complete = complete_incomplete = 0
+    rows: list[tuple[int, int, int, int, bool, bool, bool, bool]] = []
+    has_pts = True
+    with open_container(source) as container:
+        stream = video_stream(source, container)
+        codec, extradata = stream.codec_context.name, stream.codec_context.extradata
+        is_mp4 = "mp4" in container.format.name.split(",")
+        # The index entries reflect the edit list, which trims a clip without removing frames from
+        # the file; stream.frames does not.
+        promised = len(stream.index_entries) if is_mp4 else stream.frames
+        try:
+            for packet in container.demux(stream):
+                size = packet.size
+                dts = packet.dts
+                if not size:
+                    # An empty sample extends the previous frame's duration. The empty packet
+                    # without a timestamp is not a sample: PyAV emits it at the end.
+                    hidden += dts is not None
+                    continue
+                pts = packet.pts
+                if pts is None:
+                    has_pts = False
+                    pts = dts if dts is not None else len(rows)
+                is_shown = not (packet.is_discard or _is_hidden(packet, codec))
+                is_key = packet.is_keyframe
+                rows.append(
+                    (
+                        pts,
+                        pts if dts is None else dts,
+                        packet.duration or 0,
+                        -1 if packet.pos is None else packet.pos,
+                        is_shown,
+                        is_key,
+                        is_key and is_entry_point(packet, codec, extradata),
+                        codec == "mpeg4" and size < _TINY_MPEG4,
+                    )
+                )
+                if packet.is_corrupt:
+                    incomplete += 1
+                else:
+                    complete, complete_incomplete = len(rows), incomplete
+        except av.FFmpegError as error:
+            damage = f"cannot be read to its end ({error.strerror})"
+        tick = stream.time_base or Fraction(1)
+        seconds = (container.duration or 0) / av.time_base
+        rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
+
+    # A recording may end in the middle of a packet.
+    rows, incomplete = rows[:complete], complete_incomplete
+    columns = zip(*rows, strict=True) if rows else [[]] * 8
+    dtypes = (np.int64, np.int64, np.int64, np.int64, bool, bool, bool, bool)
+    packets = Packets(*(np.array(c, t) for c, t in zip(columns, dtypes, strict=True)))
+    order = np.array(list(_presentation_order(packets)), np.int64)
+    frames = len(order)
+    hidden += len(packets) - frames
+
+    end = float(max(packets.pts + packets.duration, default=0) * tick)
+    notes = []
+    if is_mp4 and frames + hidden < promised:
+        damage = f"is cut: {frames + hidden} of its {promised} frames are there"
+    elif not is_mp4 and promised and promised != frames and not _is_spaced_out(packets, promised):
+        notes.append(f"{source.name}: its header promises {promised} frames, {frames} are there")
+    elif not promised and end < 0.9 * seconds - 1:
+        # Matroska headers give a length but no frame count. The tolerance is for a longer audio
+        # track.
+        notes.append(
+            f"{source.name}: its header says {seconds:.1f} s, the frames end after {end:.1f} s"
+        )
+    header_rates = [float(rate) for rate in rates if rate]
+    if not header_rates and seconds:
+        header_rates = [max(frames, 1) / seconds]
+    return Scan(packets, order, has_pts, tick, header_rates, incomplete, damage, tuple(notes))
+
+
+def _presentation_order(packets: Packets) -> Iterator[int]:
+    """Yields the numbers of the shown packets in the order of presentation.
+
+    Where whole files were joined, timestamps start again at a key frame; each part has an order of
+    its own.
+    """
+    keys = np.flatnonzero(packets.is_key)
+    restarts = keys[1:][np.diff(packets.pts[keys]) <= 0] if len(keys) else keys
+    bounds = [0, *restarts.tolist(), len(packets)]
+    for first, last in pairwise(bounds):
+        shown = first + np.flatnonzero(packets.is_shown[first:last])
+        yield from shown[np.argsort(packets.pts[shown], kind="stable")].tolist()
+
+
+def _joined(
+    pts: Int[np.ndarray, "frames"], duration: Int[np.ndarray, "frames"]
+) -> Int[np.ndarray, "frames"]:
+    """Shifts timestamps that start again, so that each part follows the end of the one before."""
+    pts = pts.copy()
+    for restart in 1 + np.flatnonzero(np.diff(pts) < 0):
+        end = pts[restart - 1] + max(int(duration[restart - 1]), 1)
+        pts[restart:] += end - pts[restart]
+    return pts
+
+
+def _is_spaced_out(packets: Packets, promised: int) -> bool:
+    """Whether empty chunks between the frames account for a promised number of frames.
+
+    AVI counts chunks, and an empty chunk repeats the picture before it. Timestamps count chunks
+    too, so the frames then end about where the last chunk does.
+    """
+    spaced = len(packets) and int(packets.pts[-1] - packets.pts[0]) + 1 > len(packets)
+    return bool(spaced) and packets.pts[-1] + np.diff(packets.pts).max(initial=1) >= promised
+
+
+def _is_hidden(packet: av.Packet, codec: str) -> bool:
+    """Whether a packet holds a frame that is only a reference for others and is not displayed.
+
+    VP8 is the one codec that stores such frames in packets of their own; bit 4 of its frame header
+    is ``show_frame`` (RFC 6386, section 9.1).
+    """
+    return codec == "vp8" and not memoryview(packet)[0] & 0x10
