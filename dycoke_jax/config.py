@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from dycoke_jax.checks import flag, number, whole_number
 from dycoke_jax.errors import ConfigError
 
 PoolMode = Literal["bilinear", "average", "max"]
@@ -35,7 +36,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _check_sizes(self)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"vision: hidden_size {self.hidden_size} is not a multiple of num_heads "
@@ -72,7 +73,7 @@ class TextConfig:
     max_positions: int = 32768
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _check_sizes(self)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"text: num_attention_heads {self.num_heads} is not a multiple of "
@@ -105,11 +106,10 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         _require_choice("pool mode (mm_spatial_pool_mode)", self.pool_mode, get_args(PoolMode))
         _require_choice("newline position (mm_newline_position)", self.newline, get_args(Newline))
-        if not 1 <= self.pool_stride <= self.vision.grid:
-            raise ConfigError(
-                f"mm_spatial_pool_stride is {self.pool_stride}; it must lie in "
-                f"1..{self.vision.grid}, the patches along a side"
-            )
+        allowed = f"lie in 1..{self.vision.grid}, the patches along a side"
+        whole_number(
+            "mm_spatial_pool_stride", self.pool_stride, 1, self.vision.grid, allowed=allowed
+        )
 
     @property
     def frame_grid(self) -> tuple[int, int]:
@@ -126,15 +126,19 @@ class LlavaConfig:
         return rows * columns
 
 
-def _require_positive(config: VisionConfig | TextConfig) -> None:
+def _check_sizes(config: VisionConfig | TextConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.type is not bool and not value > 0:
-            raise ConfigError(f"{field.name} must be positive, not {value}")
+        if field.type is int:
+            whole_number(field.name, value, 1)
+        elif field.type is float:
+            number(field.name, value, 0, with_low=False)
+        else:
+            flag(field.name, value)
 
 
 def _require_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{what} is {value!r}; supported are {', '.join(choices)}")
 
 

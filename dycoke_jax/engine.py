@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from dycoke_jax.checks import number, whole_number
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import RequestError
@@ -26,6 +27,9 @@ from dycoke_jax.progress import Progress
 # The smallest bucket of each segment; larger buckets double. Few shapes mean few compilations.
 MIN_PREFIX, MIN_QUESTION, MIN_GENERATED, STOP_SLOTS = 16, 32, 32, 8
 
+_INT32 = 2**31 - 1
+"""The largest max_new_tokens, top_k and seed: they are int32 on the device."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -40,6 +44,8 @@ class Decoding:
 
     Raises:
         RequestError: naming the setting and its range.
+
+    Numbers of NumPy are converted to those of Python.
     """
 
     max_new_tokens: int = 128
@@ -49,16 +55,19 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise RequestError(f"temperature is {self.temperature}; it must be 0 or more")
-        if not 0 <= self.top_k < 2**31:
-            raise RequestError(f"top_k is {self.top_k}; it must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 <= self.seed < 2**31:
-            raise RequestError(f"seed is {self.seed}; it must lie in 0..2**31 - 1")
+        checked = {
+            "max_new_tokens": whole_number(
+                "max_new_tokens", self.max_new_tokens, 1, _INT32, error=RequestError
+            ),
+            "temperature": number("temperature", self.temperature, 0, error=RequestError),
+            "top_k": whole_number("top_k", self.top_k, 0, _INT32, error=RequestError),
+            "top_p": number(
+                "top_p", self.top_p, 0, 1, with_low=False, with_high=True, error=RequestError
+            ),
+            "seed": whole_number("seed", self.seed, 0, _INT32, error=RequestError),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -292,7 +301,9 @@ def _pad(
 
 def _sampling(requests: Sequence[Request], rows: int) -> Sampling:
     def column(values: list, kind: type, empty: float) -> Array:
-        return jnp.asarray(np.array(values + [empty] * (rows - len(values)), kind))
+        # A temperature above the largest float32 becomes infinity: all tokens are equally likely.
+        with np.errstate(over="ignore"):
+            return jnp.asarray(np.array(values + [empty] * (rows - len(values)), kind))
 
     return Sampling(
         temperature=column([r.decoding.temperature for r in requests], np.float32, 0),

@@ -1,11 +1,15 @@
-"""Atomic writing of files and folders, and reading of JSON files with a clear error."""
+"""Atomic writing of files and folders, and reading of JSON files with a clear error.
 
+Text is UTF-8. Files that begin with a byte order mark, as some editors write them, are read too.
+"""
+
+import codecs
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +94,44 @@ def read_json_object(path: Path, error: type[DycokeError] = CheckpointError) -> 
         DycokeError: of class ``error``, if the file is missing, not JSON or not an object.
     """
     try:
+        # Of bytes, the parser finds the encoding by itself, with or without a byte order mark.
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise error(f"{path.parent} has no {path.name}") from None
-    except (ValueError, OSError) as cause:
+    except (ValueError, OSError, RecursionError) as cause:
         raise error(f"{path} is not readable as JSON ({cause})") from cause
     if not isinstance(content, dict):
         raise error(f"{path} must hold an object, not {type(content).__name__}")
     return content
+
+
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a text file begins with the byte order mark of UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(4).startswith(_BYTE_ORDER_MARKS)
+
+
+def copy_text(source: Path, target: Path) -> None:
+    """Copies a text file: bit for bit, or as UTF-8 without its byte order mark if it has one.
+
+    Raises:
+        OSError: if a file cannot be read or written.
+    """
+    content = source.read_bytes()
+    if content.startswith(_BYTE_ORDER_MARKS):
+        # What is not text in spite of the mark is copied as it is; its reader says so.
+        with suppress(UnicodeDecodeError):
+            content = content.decode(json.detect_encoding(content)).encode()
+    target.write_bytes(content)
+
+
+_BYTE_ORDER_MARKS = (
+    codecs.BOM_UTF8,
+    codecs.BOM_UTF16_LE,
+    codecs.BOM_UTF16_BE,
+    codecs.BOM_UTF32_BE,  # that of little-endian UTF-32 begins as that of UTF-16
+)

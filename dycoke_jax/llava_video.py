@@ -3,16 +3,22 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
-from typing import Any, Literal, TypeVar, overload
+from types import EllipsisType
+from typing import Any, Literal, get_args, overload
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 from tokenizers.decoders import DecodeStream
 
+from dycoke_jax import checks
+from dycoke_jax.checkpoint.chat_template import find_chat_template
 from dycoke_jax.checkpoint.opening import Checkpoint, check_vocabulary, open_checkpoint
+from dycoke_jax.checkpoint.tensors import weight_dtype
 from dycoke_jax.compression.dycoke import DyCoke
-from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.compression.protocol import Compressor, check_compressor
 from dycoke_jax.config import LlavaConfig, PoolMode
 from dycoke_jax.engine import (
     Decoding,
@@ -22,23 +28,23 @@ from dycoke_jax.engine import (
     TokenCounts,
     run_batch,
 )
-from dycoke_jax.errors import RequestError
-from dycoke_jax.inputs.clip import clip_from_array
+from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
+from dycoke_jax.inputs.any_video import Video, has_times, read_video
+from dycoke_jax.inputs.chat_template import build_prompt_by_template, check_template, template_of
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
     Conversation,
+    Prompt,
+    PromptFormat,
+    System,
     Tokenizer,
     build_prompt,
     stop_ids,
     time_instruction,
 )
 from dycoke_jax.inputs.sampling import FrameSampling
-from dycoke_jax.inputs.video import read_clip
 from dycoke_jax.models.llava import Params
 from dycoke_jax.progress import Progress
-
-Video = str | PathLike[str] | np.ndarray
-"""A file, or uint8 RGB frames [F, height, width, 3], all of which are used."""
 
 Ints = int | Sequence[int] | np.ndarray
 """One value for all requests, or one for each request."""
@@ -49,8 +55,6 @@ STREAM_EVERY = 4
 
 CLIP_THREADS = 4
 """Clips that are decoded at the same time; FFmpeg uses threads of its own for each."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class LlavaVideo:
         params: weights by dotted path.
         tokenizer: tokenizer of the checkpoint.
         stop_ids: token ids that end an answer.
+        notes: remarks on the checkpoint, such as files in its folder that were not read.
+        chat_template: source of the checkpoint's own chat template; None if it has none.
     """
 
     def __init__(
@@ -105,11 +111,15 @@ class LlavaVideo:
         params: Params,
         tokenizer: Tokenizer,
         extra_stop_ids: Sequence[int] = (),
+        notes: Sequence[str] = (),
+        chat_template: str | None = None,
     ) -> None:
         self.config = config
         self.params: Params = params
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids(tokenizer, extra_stop_ids)
+        self.notes = tuple(notes)
+        self.chat_template = chat_template or template_of(tokenizer)
         check_vocabulary(tokenizer, config)
 
     @classmethod
@@ -135,6 +145,10 @@ class LlavaVideo:
             CheckpointError: listing everything that is wrong with the files.
             ConfigError: naming a setting that is not supported.
         """
+        checks.path("name_or_path", name_or_path)
+        if pool_mode is not None:
+            checks.choice("pool_mode", pool_mode, get_args(PoolMode))
+        _check_loading(dtype, progress)
         checkpoint = open_checkpoint(name_or_path, pool_mode=pool_mode)
         return cls.from_checkpoint(checkpoint, dtype=dtype, progress=progress)
 
@@ -147,8 +161,16 @@ class LlavaVideo:
         progress: Progress | None = None,
     ) -> "LlavaVideo":
         """Loads the weights of a checkpoint that is open already; see ``from_pretrained``."""
+        _check_loading(dtype, progress)
         params = checkpoint.load(dtype, progress)
-        return cls(checkpoint.config, params, checkpoint.tokenizer, checkpoint.stop_ids)
+        return cls(
+            checkpoint.config,
+            params,
+            checkpoint.tokenizer,
+            checkpoint.stop_ids,
+            checkpoint.notes,
+            find_chat_template(checkpoint.folder.path, checkpoint.tokenizer),
+        )
 
     @overload
     def generate(
@@ -183,7 +205,8 @@ class LlavaVideo:
         seed: Ints = 0,
         frames: int = 32,
         fps: float | None = None,
-        system: str | None = DEFAULT_SYSTEM,
+        system: System = ...,
+        prompt_format: PromptFormat = "llava-next",
         time_text: bool = False,
         allow_damaged: bool = False,
         batch_size: int = 8,
@@ -210,7 +233,10 @@ class LlavaVideo:
             seed: of sampling.
             frames: number of frames of a file to use (see ``inputs.video.FrameSampling``).
             fps: frames a second to use instead, at most ``frames`` of them.
-            system: text of the system turn; None for no such turn.
+            system: text of the system turn; None for no such turn; ``...`` (the default) for "You
+                are a helpful assistant." in the format llava-next, and None in checkpoint.
+            prompt_format: ``llava-next``: the conversation format of LLaVA-NeXT, in which the
+                models were trained. ``checkpoint``: the checkpoint's own chat template.
             time_text: tell the model the times of the frames, as LLaVA-Video does.
             allow_damaged: use what can be decoded of damaged files.
             batch_size: largest number of requests that run together. The clips of the next batch
@@ -224,14 +250,18 @@ class LlavaVideo:
         Raises:
             DycokeError: VideoError, PromptError, ConfigError or RequestError, saying what to do.
         """
+        must = "videos and prompts must be lists with one entry for each request"
+        prompts = checks.sequence("prompts", prompts, must, error=RequestError)
         count = len(prompts)
-        if isinstance(prompts, str) or isinstance(videos, str | PathLike | np.ndarray):
-            raise RequestError("videos and prompts are lists, one entry a request")
-        videos = [None] * count if videos is None else videos
+        if videos is None:
+            videos = [None] * count
+        videos = checks.sequence("videos", videos, must, error=RequestError)
         if len(videos) != count:
             raise RequestError(f"{len(videos)} videos but {count} prompts; give one each")
-        if batch_size < 1:
-            raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
+        batch_size = checks.whole_number("batch_size", batch_size, 1, error=RequestError)
+        checks.flag("stream", stream, error=RequestError)
+        check_compressor(compression)
+        _check_asking(system, prompt_format, time_text, allow_damaged, progress)
         settings = (
             _each("max_new_tokens", max_new_tokens, count),
             _each("temperature", temperature, count),
@@ -240,7 +270,9 @@ class LlavaVideo:
             _each("seed", seed, count),
         )
         decodings = [Decoding(*values) for values in zip(*settings, strict=True)]
-        if time_text and any(isinstance(clip, np.ndarray) for clip in videos):
+        if prompt_format == "checkpoint":
+            check_template(self.chat_template)
+        if time_text and any(clip is not None and not has_times(clip) for clip in videos):
             raise RequestError("time_text needs files: an array does not say when it was filmed")
         sampling = FrameSampling(frames=frames, fps=fps)
 
@@ -254,6 +286,7 @@ class LlavaVideo:
                 decodings[index],
                 sampling,
                 system=system,
+                prompt_format=prompt_format,
                 time_text=time_text,
                 allow_damaged=allow_damaged,
                 progress=decoding,
@@ -273,7 +306,8 @@ class LlavaVideo:
         decoding: Decoding,
         sampling: FrameSampling,
         *,
-        system: str | None = DEFAULT_SYSTEM,
+        system: System = ...,
+        prompt_format: PromptFormat = "llava-next",
         time_text: bool = False,
         allow_damaged: bool = False,
         progress: Progress | None = None,
@@ -285,15 +319,21 @@ class LlavaVideo:
         Returns:
             The request, and remarks on the clip.
         """
+        checks.instance("decoding", decoding, Decoding, error=RequestError)
+        checks.instance("sampling", sampling, FrameSampling, error=RequestError)
+        _check_asking(system, prompt_format, time_text, allow_damaged, progress)
         clip, size = None, self.config.vision.image_size
-        if isinstance(video, np.ndarray):
-            clip = clip_from_array(video, size)
-        elif video is not None:
-            clip = read_clip(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
+        if video is not None:
+            clip = read_video(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
         times = None
         if time_text and clip is not None:
             times = time_instruction(clip.duration, clip.times)
-        ids = build_prompt(
+        encode: Callable[..., Prompt] = build_prompt
+        if prompt_format == "checkpoint":
+            encode = partial(build_prompt_by_template, template=self.chat_template)
+        if isinstance(system, EllipsisType):
+            system = DEFAULT_SYSTEM if prompt_format == "llava-next" else None
+        ids = encode(
             self.tokenizer,
             prompt,
             system=system,
@@ -409,10 +449,34 @@ def _by_frames(window: Sequence[_Prepared]) -> list[list[_Prepared]]:
     return list(groups.values())
 
 
-def _each(name: str, value: T | Sequence[T] | np.ndarray, count: int) -> Sequence[T]:
-    values = value.tolist() if isinstance(value, np.ndarray) else value
-    if not isinstance(values, Sequence):
+def _each(name: str, value: Any, count: int) -> Sequence[Any]:
+    """One value for each request, of one value or one for each; ``Decoding`` checks them."""
+    values = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         return [values] * count
     if len(values) != count:
         raise RequestError(f"{name} has {len(values)} values for {count} requests")
     return values
+
+
+def _check_loading(dtype: DTypeLike | None, progress: Progress | None) -> None:
+    try:
+        weight_dtype(dtype)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    checks.function("progress", progress, error=RequestError)
+
+
+def _check_asking(
+    system: System,
+    prompt_format: PromptFormat,
+    time_text: bool,
+    allow_damaged: bool,
+    progress: Progress | None,
+) -> None:
+    checks.choice("prompt_format", prompt_format, get_args(PromptFormat), error=RequestError)
+    if system is not None and system is not ...:
+        checks.text("system", system, error=RequestError)
+    checks.flag("time_text", time_text, error=RequestError)
+    checks.flag("allow_damaged", allow_damaged, error=RequestError)
+    checks.function("progress", progress, error=RequestError)

@@ -29,6 +29,7 @@ FLOORS = (
     ("models", "assets"),
     ("ops", "inputs"),
     ("cache", "config", "files", "progress", "axes"),
+    ("checks",),
     ("errors",),
 )
 

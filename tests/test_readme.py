@@ -15,7 +15,7 @@ from dycoke_jax.tasks.questions import KINDS
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 ACCURACY = ROOT / "docs" / "accuracy.md"
-PAGES = (README, ACCURACY, ROOT / "docs" / "architecture.md")
+PAGES = (README, ACCURACY, ROOT / "docs" / "architecture.md", ROOT / "docs" / "training.md")
 
 
 @pytest.fixture(scope="module")

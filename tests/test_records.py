@@ -3,9 +3,14 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
+from support.checkpoints import tiny_llava_hf
 from support.clips import write_clip
+from support.command_line import run_main
 from typer.testing import CliRunner
 
 from dycoke_jax import DycokeError
@@ -96,6 +101,88 @@ def test_a_record_that_does_not_fit_a_row_is_refused(clips, tokenizer):
         _ = source(clips, tokenizer, width=40).rows
 
 
+def conversation(*texts, **clip):
+    turns = [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
+    return json.dumps({**clip, "conversations": turns})
+
+
+def test_questions_with_different_texts_before_the_clip_have_rows_of_their_own(clips, tokenizer):
+    brief = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    data = write(clips, record(), record(question=brief), record(question="Where?"))
+    shape = BatchShape(rows=1, accumulate=1, width=200)
+    made = RecordSource(tuple(read_records(data)), tokenizer, 56, FrameSampling(2), shape)
+    assert [[r.question for r in row] for row in made.rows] == [["What is it?", "Where?"], [brief]]
+    for number in range(2):
+        asked = made._row(number)[0].question
+        batch = made.step(number).batch
+        prefix = np.asarray(batch.prefix[0, 0])[: int(batch.prefix_length[0, 0])]
+        system = "Be brief." if asked == brief else "You are a helpful assistant."
+        wanted = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+        assert tokenizer.decode(prefix) == wanted
+
+
+def test_records_of_text_alone_share_rows(clips, tokenizer):
+    data = write(clips, conversation("A?", "B."), record(), conversation("C?", "D.", "E?", "F."))
+    shape = BatchShape(rows=1, accumulate=1, width=300)
+    made = RecordSource(tuple(read_records(data)), tokenizer, 56, FrameSampling(2), shape)
+    assert [[r.question for r in row] for row in made.rows] == [["A?", "C?"], ["What is it?"]]
+    batch = next(made.step(i).batch for i in range(2) if made._row(i)[0].video is None)
+    assert batch.frames.shape == (1, 1, 1, 56, 56, 3)
+    part = np.asarray(batch.part[0, 0])
+    ids, is_answer = np.asarray(batch.ids[0, 0]), np.asarray(batch.is_answer[0, 0])
+    answers = [tokenizer.decode(ids[is_answer & (part == number)]) for number in (1, 2)]
+    assert answers == ["B.<|im_end|>", "D.<|im_end|>F.<|im_end|>"]
+
+
+def test_faults_that_need_the_tokenizer_are_told_by_record_before_the_first_step(clips, tokenizer):
+    data = write(
+        clips,
+        record(),
+        record(answer="long " * 50),
+        record(question="half a pair: \ud800"),
+        conversation("A?", "B.", "C?", "D." * 100),
+    )
+    shape = BatchShape(rows=1, accumulate=1, width=120)
+    made = RecordSource(tuple(read_records(data)), tokenizer, 56, FrameSampling(2), shape)
+    with pytest.raises(DycokeError) as caught:
+        _ = made.rows
+    faults = str(caught.value).split("; line ")
+    assert "line 2 of records.jsonl: a question and its answer about" in faults[0]
+    assert faults[1].startswith("3 of records.jsonl: the prompt holds")
+    assert faults[2].startswith("4 of records.jsonl: a question and its answer take")
+
+
+@pytest.mark.slow
+def test_train_reads_conversations_and_resumes(clips, tmp_path, tokenizer):
+    """Two turns about a clip, a picture, and text alone; a run that lost its last step goes on."""
+    Image.new("RGB", (64, 48), "red").save(clips / "red.png")
+    data = write(
+        clips,
+        conversation("<video>\nWhat?", "A cat.", "Where?", "Here.", video="a.mp4"),
+        conversation("2 + 2?", "4"),
+        conversation("Which colour?\n<image>", "Red.", image="red.png"),
+    )
+    run = tmp_path / "run"
+    model = tiny_llava_hf(
+        tmp_path / "model", text={"num_hidden_layers": 1}, vision={"num_hidden_layers": 1}
+    )
+    tokenizer.save_pretrained(model)
+    arguments = ["train", run, "--model", model, "--data", data, "--test-data", data]
+    arguments += ["--steps", 2, "--frames", 3, "--accumulate", 3, "--merged", 1, "--save-every", 1]
+    code, _, err = run_main(*arguments)
+    assert code == 0, err
+    entry = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(entry["loss"])
+    assert 0 < entry["gradient"] < float("inf")
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "state" / "2")
+    code, _, err = run_main(*arguments)
+    assert code == 0, err
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(run)
+
+
 @pytest.mark.slow
 def test_train_command_writes_a_model_that_generates(clips, tmp_path):
     """The finished run is started a second time, which changes nothing."""
@@ -126,5 +213,11 @@ def test_clips_of_a_step_must_have_equally_many_frames(tmp_path, tokenizer):
     records = tuple(Record(tmp_path / f"{name}.mp4", "?", "yes") for name in ("long", "short"))
     shape = BatchShape(rows=2, accumulate=1, width=120)
     made = RecordSource(records, tokenizer, 98, FrameSampling(4, fps=100.0), shape)
-    with pytest.raises(DycokeError, match=r"\.mp4 gives \d frames and .*\.mp4 \d; clips of a step"):
+    message = r"\.mp4 gives \d frames and .*\.mp4 \d; clips of a step"
+    with pytest.raises(DycokeError, match=message):
         made.step(0)
+    with pytest.raises(DycokeError, match=message):
+        _ = made.rows
+    one_clip_a_step = replace(made, shape=BatchShape(rows=1, accumulate=1, width=120))
+    counts = [one_clip_a_step.step(number).batch.frames.shape[2] for number in range(2)]
+    assert sorted(counts) == [2, 4]

@@ -1,7 +1,6 @@
 """Converts checkpoints to Orbax, and exports them to the llava-hf layout."""
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -23,7 +22,7 @@ from dycoke_jax.checkpoint.tensors import (
     is_finite,
     weight_dtype,
 )
-from dycoke_jax.files import absent, read_json_object, staged_folder
+from dycoke_jax.files import absent, copy_text, read_json_object, staged_folder
 from dycoke_jax.progress import BYTES, Progress
 
 _COMPANIONS = (
@@ -46,7 +45,7 @@ def convert(
     dst: str | Path,
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Converts a checkpoint to a folder with an Orbax checkpoint.
 
     The tensors are bit-identical to the source's unless ``dtype`` casts them. ``dst`` receives the
@@ -58,6 +57,9 @@ def convert(
         dst: a folder that does not exist yet; it is created once everything is written.
         dtype: float32, float16 or bfloat16; None leaves the dtype of each tensor unchanged.
         progress: called after each tensor; counts bytes as stored in the source.
+
+    Returns:
+        The notes on ``src`` (see ``Folder.notes``).
 
     Raises:
         CheckpointError: if ``dst`` exists or cannot be written, or with a list of all problems of
@@ -73,11 +75,12 @@ def convert(
     not_finite: list[str] = []
     with staged_folder(destination) as target:
         copy_companions(source.path, target)
-        shutil.copyfile(source.path / CONFIG, target / CONFIG)
+        copy_text(source.path / CONFIG, target / CONFIG)
         paths = [*weights.params, *weights.carried]
         tensors = _prepared(weights, paths, wanted, progress, not_finite)
         write_orbax(target, tensors, set(weights.params))
     warn_non_finite(source.path, not_finite)
+    return source.notes
 
 
 def export(
@@ -86,7 +89,7 @@ def export(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Writes a checkpoint in the llava-hf layout, as transformers saves it.
 
     The tensors are bit-identical to the source's unless ``dtype`` casts them. Two things are
@@ -101,6 +104,9 @@ def export(
         max_shard_bytes: largest tensor data of a file, in bytes; beyond it the tensors are split
             into shards with an index.
         progress: called after each tensor; counts bytes as stored in the source.
+
+    Returns:
+        The notes on ``src`` (see ``Folder.notes``).
 
     Raises:
         CheckpointError: if ``dst`` exists or cannot be written, or with a list of all problems of
@@ -130,7 +136,11 @@ def export(
         if is_llava_hf:
             _copy_config(source.path, target, source_config, main_dtype)
         else:
-            write_config(target, {**llava_hf_config(source.config), "dtype": main_dtype.name})
+            written = {**llava_hf_config(source.config), "dtype": main_dtype.name}
+            # Without generation_config.json, this key says what ends an answer.
+            if "eos_token_id" in source_config:
+                written["eos_token_id"] = source_config["eos_token_id"]
+            write_config(target, written)
         tensors = _prepared(weights, paths, wanted, progress, not_finite)
         write_safetensors(
             target,
@@ -139,6 +149,7 @@ def export(
             max_shard_bytes,
         )
     warn_non_finite(source.path, not_finite)
+    return source.notes
 
 
 def _prepared(
@@ -187,7 +198,7 @@ def with_post_norm(weights: Weights) -> Weights:
 def _copy_config(source: Path, target: Path, config: Mapping[str, Any], dtype: np.dtype) -> None:
     """Copies ``config.json``, rewritten only if its dtype differs from that of the weights."""
     if all(config.get(key, dtype.name) == dtype.name for key in _DTYPE_KEYS):
-        shutil.copyfile(source / CONFIG, target / CONFIG)
+        copy_text(source / CONFIG, target / CONFIG)
     else:
         write_config(target, _with_dtype(config, dtype.name))
 
@@ -199,7 +210,7 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     def change(key: str, value: Any) -> Any:
-        if key in ("text_config", "vision_config"):
+        if key in ("text_config", "vision_config") and isinstance(value, Mapping):
             return _with_dtype(value, name)
         return name if key in _DTYPE_KEYS else value
 
@@ -216,4 +227,4 @@ def copy_companions(source: Path, target: Path) -> None:
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, target / file.name)
+                copy_text(file, target / file.name)

@@ -8,6 +8,7 @@ from dycoke_jax.checkpoint.hf_config import read_config
 from dycoke_jax.checkpoint.hf_folder import hf_weights
 from dycoke_jax.checkpoint.location import locate
 from dycoke_jax.checkpoint.orbax_folder import PARAMS, orbax_weights
+from dycoke_jax.checkpoint.safetensors_reader import left_aside
 from dycoke_jax.checkpoint.tensors import Weights
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.files import read_json_object
@@ -23,11 +24,13 @@ class Folder:
         path: absolute path of the folder.
         config: the model's configuration.
         kind: "hf" for safetensors files in any layout, "orbax" for a converted folder.
+        notes: remarks for the user, one sentence each, such as on files that are not read.
     """
 
     path: Path
     config: LlavaConfig
     kind: Literal["hf", "orbax"]
+    notes: tuple[str, ...] = ()
 
     def weights(self) -> Weights:
         """Checks the stored tensors against the configuration, without reading their data.
@@ -49,9 +52,18 @@ def open_folder(name_or_path: str | Path) -> Folder:
         name_or_path: a folder, or a hub id ``org/name``, which is downloaded if not cached.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be found or ``config.json`` cannot be read.
+        CheckpointError: if the checkpoint cannot be found, or ``config.json`` or the index of the
+            weights cannot be read.
         ConfigError: if ``config.json`` describes a model that is not supported.
     """
     path = locate(name_or_path)
     config = read_config(read_json_object(path / CONFIG))
-    return Folder(path, config, "orbax" if (path / PARAMS).is_dir() else "hf")
+    if (path / PARAMS).is_dir():
+        return Folder(path, config, "orbax")
+    return Folder(path, config, "hf", _notes(path))
+
+
+def _notes(folder: Path) -> tuple[str, ...]:
+    if unread := left_aside(folder):
+        return (f"these files beside the weights are not read: {', '.join(unread)}",)
+    return ()

@@ -2,18 +2,17 @@
 
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 
 import jax
 from jax.typing import DTypeLike
 
+from dycoke_jax.checkpoint.end_ids import read_end_ids
 from dycoke_jax.checkpoint.folder import Folder, open_folder
 from dycoke_jax.checkpoint.load import load_params
 from dycoke_jax.checkpoint.processor import check_processor
 from dycoke_jax.checkpoint.tokenizer import load_tokenizer
 from dycoke_jax.config import LlavaConfig, PoolMode
 from dycoke_jax.errors import CheckpointError
-from dycoke_jax.files import read_json_object
 from dycoke_jax.inputs.prompts import Tokenizer, stop_ids
 from dycoke_jax.progress import Progress
 
@@ -26,11 +25,14 @@ class Checkpoint:
         folder: the checkpoint's folder and model configuration.
         tokenizer: a fast tokenizer of transformers.
         stop_ids: token ids that end an answer, in ascending order.
+        notes: remarks for the user, one sentence each, on files that are not read and on settings
+            that are left out.
     """
 
     folder: Folder
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> LlavaConfig:
@@ -69,9 +71,12 @@ def open_checkpoint(
     if pool_mode is not None:
         folder = replace(folder, config=replace(folder.config, pool_mode=pool_mode))
     check_processor(folder.path, folder.config.vision.image_size)
+    end_ids, notes = read_end_ids(folder.path, folder.config.text.vocab_size)
     tokenizer = load_tokenizer(folder.path)
     check_vocabulary(tokenizer, folder.config)
-    return Checkpoint(folder, tokenizer, stop_ids(tokenizer, _extra_stops(folder.path)))
+    return Checkpoint(
+        folder, tokenizer, stop_ids(tokenizer, end_ids), notes=(*folder.notes, *notes)
+    )
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
@@ -86,12 +91,3 @@ def check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
             f"the tokenizer has ids up to {largest}, but the model's vocabulary has only "
             f"{config.text.vocab_size} tokens; they do not belong together"
         )
-
-
-def _extra_stops(folder: Path) -> tuple[int, ...]:
-    """Returns ``eos_token_id`` of ``generation_config.json``; empty without file or entry."""
-    path = folder / "generation_config.json"
-    ids = read_json_object(path).get("eos_token_id") if path.exists() else None
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)

@@ -60,14 +60,17 @@ class _Files:
 
 
 def open_safetensors(folder: Path, report: Report) -> SafetensorsSet:
-    """Reads the headers of all safetensors files of a folder, and no tensor data.
+    """Reads the headers of the safetensors files of a checkpoint, and no tensor data.
+
+    As in transformers, these are the shards that the index names, or ``model.safetensors`` if there
+    is no index.
 
     Args:
         folder: folder with one safetensors file, or with shards.
         report: receives a problem for each file or tensor that cannot be read.
 
     Raises:
-        CheckpointError: if the folder has no safetensors files, or its index cannot be read.
+        CheckpointError: if the folder has neither file, or its index cannot be read.
     """
     files = _files(folder, report)
     tensors: dict[str, StoredTensor] = {}
@@ -142,16 +145,35 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         }
 
 
+def left_aside(folder: Path) -> list[str]:
+    """Returns the names of a folder's safetensors files that are not read, in order.
+
+    Such files are adapters, states of an optimizer, half-precision variants and copies.
+
+    Raises:
+        CheckpointError: if the index cannot be read.
+    """
+    read = {SINGLE}
+    if (folder / INDEX).exists():
+        read |= _read_index(folder, Report()).promised.keys()
+    return [name for name in _names(folder) if name not in read]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+
+
 def _files(folder: Path, report: Report) -> _Files:
-    names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    names = _names(folder)
     if (folder / INDEX).exists():
         files = _read_index(folder, report)
+        # transformers would read the single file, and draw at random what it lacks.
         if SINGLE in names and SINGLE not in files.promised:
             report.add("file", f"both {SINGLE} and {INDEX} are here; remove the one that is stale")
         return files
-    if not names:
-        raise CheckpointError(_no_weights(folder))
-    return _Files({name: set() for name in names})
+    if SINGLE not in names:
+        raise CheckpointError(_no_weights(folder, names))
+    return _Files({SINGLE: set()})
 
 
 def _read_index(folder: Path, report: Report) -> _Files:
@@ -172,7 +194,13 @@ def _read_index(folder: Path, report: Report) -> _Files:
     return _Files(promised, indexed=True, refused=frozenset(refused))
 
 
-def _no_weights(folder: Path) -> str:
+def _no_weights(folder: Path, names: list[str]) -> str:
+    if names:
+        return (
+            f"{folder} has neither {SINGLE} nor {INDEX}, and other files ({names[0]}) are not read "
+            f"as its weights; rename the file to {SINGLE} if it is the whole model, or add the "
+            "index of the shards"
+        )
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         return (

@@ -8,12 +8,10 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dycoke_jax.checkpoint.save import save_llava_hf
+from dycoke_jax.checkpoint.tokenizer import CONTROL_TOKENS
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.llava import abstract_params, random_param
 from dycoke_jax.progress import Progress
-
-CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
-"""ChatML's control tokens and the image and video placeholders; a tokenizer's last ids."""
 
 
 def write_untrained(

@@ -12,6 +12,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Video language models in JAX, made fast by DyCoke: LLaVA-OneVision and LLaVA-Video.",
+    epilog="Exit codes: 0 after success; 2 for bad input or usage, or output that cannot be "
+    "written; 130 after an interrupt; 141 if the reader of the output has closed it.",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dycoke_jax.cli.app import Dtype, app
-from dycoke_jax.cli.console import progress_bars, say
+from dycoke_jax.cli.console import progress_bars, say, say_notes
 from dycoke_jax.config import PoolMode
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
@@ -131,11 +131,19 @@ def generate(
     system: Annotated[
         str | None,
         typer.Option(
-            help="Text of the system turn; an empty text omits the turn. "
-            'Default: "You are a helpful assistant."',
+            help="Text of the system turn; an empty text omits the turn. Default: "
+            '"You are a helpful assistant." in the format llava-next, no such turn in checkpoint.',
             rich_help_panel=_PROMPT,
         ),
     ] = None,
+    prompt_format: Annotated[
+        Literal["llava-next", "checkpoint"],
+        typer.Option(
+            help="llava-next: the conversation format of LLaVA-NeXT, in which the models were "
+            "trained. checkpoint: the chat template in the checkpoint's own files.",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = "llava-next",
     time_text: Annotated[
         bool,
         typer.Option(
@@ -172,9 +180,11 @@ def generate(
 ) -> None:
     """Answer a question about a video."""
     from dycoke_jax.checkpoint import open_checkpoint
+    from dycoke_jax.checkpoint.chat_template import find_chat_template
     from dycoke_jax.compression.dycoke import DyCoke
     from dycoke_jax.engine import Decoding
-    from dycoke_jax.inputs import DEFAULT_SYSTEM, FrameSampling, check_clip
+    from dycoke_jax.inputs import FrameSampling, check_clip
+    from dycoke_jax.inputs.chat_template import check_template
     from dycoke_jax.llava_video import LlavaVideo
 
     # Bad settings and clips are refused before a large checkpoint is read.
@@ -184,6 +194,9 @@ def generate(
     if video is not None:
         check_clip(video, allow_damaged=allow_damaged)
     checkpoint = open_checkpoint(model, pool_mode=pool_mode)
+    say_notes(checkpoint.notes)
+    if prompt_format == "checkpoint":
+        check_template(find_chat_template(checkpoint.folder.path, checkpoint.tokenizer))
     if compression is not None and video is not None and fps is None:
         compression.check(checkpoint.config, frames)
     with progress_bars() as progress:
@@ -199,7 +212,8 @@ def generate(
             seed=seed,
             frames=frames,
             fps=fps,
-            system=DEFAULT_SYSTEM if system is None else system or None,
+            system=... if system is None else system or None,
+            prompt_format=prompt_format,
             time_text=time_text,
             allow_damaged=allow_damaged,
             stream=True,
@@ -223,8 +237,7 @@ def generate(
         print(json.dumps(result))
         return
     print()
-    for note in answer.notes:
-        say(f"note: {note}", style="yellow")
+    say_notes(answer.notes)
     say(f"tokens: {answer.tokens}")
     times = answer.seconds
     say(
@@ -269,6 +282,7 @@ def demo(
     """Compare answers, token counts and times with and without DyCoke."""
     from dycoke_jax import demo as demonstration
     from dycoke_jax.assets import TINY
+    from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.compression.dycoke import DyCoke
     from dycoke_jax.inputs import FrameSampling, check_clip
     from dycoke_jax.inspection.drawing import save, sheet
@@ -284,8 +298,10 @@ def demo(
     check_writable(picture)
     if video is not None:
         check_clip(video)
+    checkpoint = open_checkpoint(model or TINY)
+    say_notes(checkpoint.notes)
     with progress_bars() as progress:
-        llava = LlavaVideo.from_pretrained(model or TINY, progress=progress)
+        llava = LlavaVideo.from_checkpoint(checkpoint, progress=progress)
         if video is not None and prompt is not None:
             asked = [demonstration.Asked(video.name, video, prompt)]
         else:

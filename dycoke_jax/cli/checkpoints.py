@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from dycoke_jax.cli.app import Dtype, app
-from dycoke_jax.cli.console import progress_bars, say
+from dycoke_jax.cli.console import progress_bars, say, say_notes
 from dycoke_jax.config import PRESETS
 from dycoke_jax.errors import ConfigError
 
@@ -39,7 +39,8 @@ def convert(
 
     write = checkpoint.convert if to == "orbax" else checkpoint.export
     with progress_bars() as progress:
-        write(source, destination, dtype=dtype, progress=progress)
+        notes = write(source, destination, dtype=dtype, progress=progress)
+    say_notes(notes)
     say(f"wrote {destination}")
 
 

@@ -1,6 +1,7 @@
 """Messages and progress bars for the user, on stderr."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,19 +9,40 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
+from dycoke_jax.cli.streams import discard
 from dycoke_jax.progress import BYTES, Progress
 
 _MEBI = 1 << 20
 
 
+class _Messages(Console):
+    def on_broken_pipe(self) -> None:
+        """Goes on without messages, where rich would end the process and discard stdout."""
+        discard(sys.stderr)
+
+
 def say(text: str, style: str | None = None) -> None:
     """Prints a line to stderr, without markup and without wrapping.
+
+    A line that cannot be written, because the disk is full or the pipe is closed, is dropped: an
+    answer on stdout is worth more than the remarks on it.
 
     Args:
         text: the line.
         style: a rich style, such as a colour; None for plain text.
     """
-    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    try:
+        _Messages(stderr=True).print(
+            text, style=style, markup=False, highlight=False, soft_wrap=True
+        )
+    except OSError:
+        discard(sys.stderr)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Prints each remark on a clip or a checkpoint as a line of its own."""
+    for note in notes:
+        say(f"note: {note}", style="yellow")
 
 
 @contextmanager
@@ -38,7 +60,7 @@ def progress_bars() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    console = Console(stderr=True)
+    console = _Messages(stderr=True)
     hidden = not console.is_terminal
     with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bars:
         yield _callback(bars)

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from dycoke_jax.cli.app import app
-from dycoke_jax.cli.console import progress_bars, say
+from dycoke_jax.cli.console import progress_bars, say, say_notes
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
 
@@ -27,16 +27,18 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL file of records `{"video": ..., "question": ..., "answer": ...}`; relative '
-            "paths start at its folder. Default: the built-in task.",
+            help='JSON Lines file, or file with one JSON array, of records `{"video": ..., '
+            '"question": ..., "answer": ...}` or, as LLaVA has them, `{"video": ..., '
+            '"conversations": [{"from": ..., "value": ...}, ...]}`; relative paths start at its '
+            "folder. Default: the built-in task.",
             rich_help_panel=_DATA,
         ),
     ] = None,
     test_data: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL file of held-out records to evaluate on. Default: none; with the built-in "
-            "task, clips of its test split.",
+            help="File of held-out records to evaluate on, in the same forms. Default: none; with "
+            "the built-in task, clips of its test split.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -188,6 +190,7 @@ def train(
     ] = 100,
 ) -> None:
     """Fine-tune a model on clips with questions and answers."""
+    from dycoke_jax.checkpoint import open_folder
     from dycoke_jax.inputs import FrameSampling
     from dycoke_jax.training.fine_tuning import FineTuning, fine_tune
     from dycoke_jax.training.run import Intervals
@@ -196,29 +199,30 @@ def train(
     from dycoke_jax.training.token_dropping import TokenDroppingMix
 
     intervals = Intervals(log_every, evaluate_every, save_every)
+    what = FineTuning(
+        model=model,
+        data=data,
+        test_data=test_data,
+        sampling=FrameSampling(frames, fps),
+        shape=BatchShape(rows, accumulate, width),
+        dropping=TokenDroppingMix(merged, random, k),
+        optimisation=Optimisation(
+            steps=steps,
+            learning_rate=learning_rate,
+            language=language,
+            projector=projector,
+            tower=tower,
+            frozen_layers=frozen_layers,
+            warm_up=warm_up,
+            weight_decay=weight_decay,
+            clip=clip,
+            dtype=dtype,
+            rematerialise=rematerialise,
+        ),
+        seed=seed,
+    )
+    say_notes(open_folder(model).notes)
     with progress_bars() as progress:
-        what = FineTuning(
-            model=model,
-            data=data,
-            test_data=test_data,
-            sampling=FrameSampling(frames, fps),
-            shape=BatchShape(rows, accumulate, width),
-            dropping=TokenDroppingMix(merged, random, k),
-            optimisation=Optimisation(
-                steps=steps,
-                learning_rate=learning_rate,
-                language=language,
-                projector=projector,
-                tower=tower,
-                frozen_layers=frozen_layers,
-                warm_up=warm_up,
-                weight_decay=weight_decay,
-                clip=clip,
-                dtype=dtype,
-                rematerialise=rematerialise,
-            ),
-            seed=seed,
-        )
         trained = fine_tune(folder, what, intervals, progress)
     say(f"wrote {trained}")
 
@@ -302,6 +306,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy on made-up clips, by kind of question and compression setting."""
     from dycoke_jax.assets import TINY
+    from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.fingerprint import fingerprint
     from dycoke_jax.evaluation import accuracy, report
     from dycoke_jax.evaluation.settings import HEADLINES, SWEEPS
@@ -320,8 +325,10 @@ def evaluate(
     scenes = SceneSettings(frames)
     task = [task_clip("test", MONITORED + number, scenes) for number in range(clips)]
     blind = blind_score(question for clip in task for question in clip.questions)
+    checkpoint = open_checkpoint(model or TINY)
+    say_notes(checkpoint.notes)
     with progress_bars() as progress:
-        llava = LlavaVideo.from_pretrained(model or TINY, progress=progress)
+        llava = LlavaVideo.from_checkpoint(checkpoint, progress=progress)
         described = {
             "model": fingerprint(llava.params),
             "clips": clips,

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dycoke_jax.cache import Slots
+from dycoke_jax.checks import number, whole_number
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.errors import ConfigError
 
 
 def kept_by_merging(frames: int, tokens: int, k: float) -> int:
@@ -36,14 +36,18 @@ class RandomTokens:
 
     Attributes:
         k: keeps as many tokens as ``DyCoke(k=k)`` does, in [0, 1).
-        seed: seed of the random places.
+        seed: seed of the random places, 0 or more.
+
+    Raises:
+        ConfigError: naming the setting and its range.
     """
 
     k: float = 0.7
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        object.__setattr__(self, "k", number("RandomTokens: k", self.k, 0, 1))
+        object.__setattr__(self, "seed", whole_number("RandomTokens: seed", self.seed, 0))
 
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Accepts every model and clip length."""
@@ -66,12 +70,15 @@ class WholeFrames:
 
     Attributes:
         k: keeps at most as many tokens as ``DyCoke(k=k)`` does, but a frame at least, in [0, 1).
+
+    Raises:
+        ConfigError: naming the setting and its range.
     """
 
     k: float = 0.7
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        object.__setattr__(self, "k", number("WholeFrames: k", self.k, 0, 1))
 
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Accepts every model and clip length."""
@@ -86,8 +93,3 @@ class WholeFrames:
 
     def decode_pruning(self, slots: Slots, tokens: int) -> None:
         """Prunes nothing while decoding."""
-
-
-def _check_k(k: float) -> None:
-    if not 0 <= k < 1:
-        raise ConfigError(f"k is {k}; it must lie in [0, 1)")

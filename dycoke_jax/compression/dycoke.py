@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from jaxtyping import Array, Float, Int
 
 from dycoke_jax.cache import Slots
+from dycoke_jax.checks import choice, number, whole_number
 from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet
 from dycoke_jax.compression.protocol import DecodePruning
 from dycoke_jax.compression.ttm import select
@@ -57,17 +58,18 @@ class DyCoke:
     parked: Parked = "device"
 
     def __post_init__(self) -> None:
-        for name, value in (("k", self.k), ("p", self.p)):
-            if not 0 <= value < 1:
-                raise ConfigError(f"DyCoke: {name} is {value}; it must lie in [0, 1)")
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"DyCoke: threshold is {self.threshold}; it must lie in (0, 1]")
-        if not isinstance(self.layer, int) or self.layer < 1:
-            raise ConfigError(f"DyCoke: layer is {self.layer}; it must lie in 1..layers-1")
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"DyCoke: mode is {self.mode!r}; it must be paper or official")
-        if self.parked not in get_args(Parked):
-            raise ConfigError(f"DyCoke: parked is {self.parked!r}; it must be device or drop")
+        checked = {
+            "k": number("DyCoke: k", self.k, 0, 1),
+            "layer": whole_number("DyCoke: layer", self.layer, 1, allowed="lie in 1..layers-1"),
+            "p": number("DyCoke: p", self.p, 0, 1),
+            "threshold": number(
+                "DyCoke: threshold", self.threshold, 0, 1, with_low=False, with_high=True
+            ),
+            "mode": choice("DyCoke: mode", self.mode, get_args(Mode)),
+            "parked": choice("DyCoke: parked", self.parked, get_args(Parked)),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.parked == "drop" and self.mode == "official":
             raise ConfigError(
                 "DyCoke: the published code drops no keys and values; parked drop needs mode paper"

@@ -10,7 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.cache import KV, Slots
+from dycoke_jax.checks import shown
 from dycoke_jax.config import LlavaConfig
+from dycoke_jax.errors import RequestError
 
 
 @runtime_checkable
@@ -51,6 +53,23 @@ class Compressor(Protocol):
         Returns:
             The pruning, or None where the settings prune nothing.
         """
+
+
+def check_compressor(compression: Any) -> None:
+    """Checks the argument ``compression`` of the functions that answer questions.
+
+    Args:
+        compression: a compressor, or None for the plain model.
+
+    Raises:
+        RequestError: if it is anything else, such as the class in place of its settings.
+    """
+    is_compressor = isinstance(compression, Compressor) and not isinstance(compression, type)
+    if compression is not None and not is_compressor:
+        raise RequestError(
+            f"compression is {shown(compression)}; it must be a compressor such as DyCoke(), or "
+            "None for the plain model"
+        )
 
 
 @runtime_checkable

@@ -54,6 +54,19 @@ class Source:
         return io.BytesIO(self.content) if isinstance(self.content, bytes) else str(self.content)
 
 
+def folder_of(readable: Readable) -> Path | None:
+    """Returns the path of a folder; None if the argument is anything else."""
+    if isinstance(readable, bytes) and b"\0" not in readable:
+        readable = os.fsdecode(readable)
+    if not isinstance(readable, str | os.PathLike):
+        return None
+    try:
+        folder = Path(os.fsdecode(readable))
+        return folder if folder.is_dir() else None
+    except (OSError, ValueError):  # an impossible path; find_source says so
+        return None
+
+
 def find_source(readable: Readable) -> Source:
     """Finds a file and reads its first bytes.
 
@@ -61,7 +74,7 @@ def find_source(readable: Readable) -> Source:
     file does. An open file is read into memory, from its current position.
 
     Raises:
-        VideoError: if there is no such file, or it is empty or a folder or cannot be read.
+        VideoError: if there is no such file, or it is empty or cannot be read.
     """
     if isinstance(readable, bytes | bytearray | memoryview):
         data = bytes(readable)
@@ -89,8 +102,6 @@ def _in_memory(name: str, data: bytes) -> Source:
 def _on_disk(name: str) -> Source:
     file = Path(name)
     try:
-        if file.is_dir():
-            raise VideoError(f"{name} is a folder; name one video file")
         if not file.exists():
             raise VideoError(f"{name}: no such file; check the path")
         if not file.is_file():

@@ -18,12 +18,14 @@ _ALWAYS = {
     "mjpeg",
     "mpeg1video",
     "mpeg2video",
-    "mpeg4",
     "prores",
     "vp8",
     "vp9",
 }
-"""Codecs whose key frames refer to nothing before them, nor do the frames shown after them."""
+"""Codecs whose key frames refer to nothing before them, nor do the frames shown after them.
+
+MPEG-4 is left out: its decoder adapts to the encoder that the first packet may name.
+"""
 
 _H264_IDR = {5}
 _HEVC_RANDOM_ACCESS = {16, 17, 18, 19, 20, 21}  # BLA, IDR and CRA
@@ -50,6 +52,24 @@ def is_entry_point(packet: av.Packet, codec: str, extradata: bytes | None) -> bo
         units = _nal_units(memoryview(packet), extradata, length_at=21)
         return any(header >> 1 & 0x3F in _HEVC_RANDOM_ACCESS for header in units)
     return codec in _ALWAYS
+
+
+def is_referenced(packet: av.Packet, codec: str, extradata: bytes | None) -> bool:
+    """Whether other frames may refer to the frame of a packet; True if that is not known.
+
+    H.264 says it in each slice (``nal_ref_idc``, ITU-T H.264, section 7.4.1). A frame to which none
+    refers need not be decoded if it is not wanted itself.
+
+    Args:
+        packet: a packet with data.
+        codec: FFmpeg's name of its decoder.
+        extradata: the codec's configuration, as the container stores it.
+    """
+    if codec != "h264":
+        return True
+    units = _nal_units(memoryview(packet), extradata, length_at=4)
+    slices = [header for header in units if 1 <= header & 0x1F <= 5]
+    return not slices or any(header & 0x60 for header in slices)
 
 
 def _nal_units(data: memoryview, extradata: bytes | None, length_at: int) -> Iterator[int]:

@@ -3,14 +3,16 @@
 FFmpeg would show one tile of an AVIF or HEIF picture, and ignores some EXIF orientations.
 """
 
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dycoke_jax.errors import VideoError
 from dycoke_jax.inputs.clip import Clip
-from dycoke_jax.inputs.container import Source
+from dycoke_jax.inputs.container import Source, find_source
 from dycoke_jax.inputs.frames import resize
 from dycoke_jax.inputs.sampling import (
     FrameSampling,
@@ -87,6 +89,64 @@ def read_picture(
 
 UNEVEN = "{}: its frames are unevenly spaced in time, so frames are chosen by their timestamps"
 """Note on a clip of uneven times, to be formatted with its name."""
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """Returns the pictures in a folder, in natural order: 2.png before 10.png.
+
+    Raises:
+        VideoError: if it holds no picture.
+    """
+    try:
+        files = [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
+        pictures = [file for file in files if is_picture(find_source(file))]
+    except OSError as error:
+        raise VideoError(f"{folder} cannot be read ({error.strerror})") from error
+    if not pictures:
+        raise VideoError(
+            f"{folder} is a folder without pictures; name a video file or a folder of pictures"
+        )
+    return sorted(pictures, key=_natural)
+
+
+def read_pictures(
+    folder: Path, sampling: FrameSampling, size: int, progress: Progress | None = None
+) -> Clip:
+    """Reads the pictures of a folder as the frames of a clip, one a second.
+
+    If there are no more than ``sampling.frames`` pictures and ``sampling.fps`` is None, all are
+    used once, since they are likely sampled already.
+
+    Args:
+        folder: a folder with pictures; of an animation the first one is used. Other files are left
+            aside, with a note.
+        sampling: which pictures to sample.
+        size: side of the resized square frames, in pixels.
+        progress: called after each picture; counts pictures.
+
+    Raises:
+        VideoError: if there is no picture, or one cannot be decoded.
+    """
+    files = pictures_of(folder)
+    others = sum(1 for file in folder.iterdir() if file.name[0] != ".") - len(files)
+    notes = [f"{folder}: left aside what is no picture ({others})"] if others else []
+    timeline = even_timeline(len(files), 1.0)
+    if sampling.fps is None and len(files) <= sampling.frames:
+        sampling = FrameSampling(len(files))
+    indices, times = choose_frames(timeline, sampling)
+    still = FrameSampling(1)
+    frames = []
+    for index in indices.tolist():
+        frames.append(read_picture(find_source(files[index]), still, size).frames)
+        if progress is not None:
+            progress("reading pictures", len(frames), len(indices))
+    return Clip(np.concatenate(frames), times, timeline.duration, tuple(notes))
+
+
+def _natural(file: Path) -> list[tuple[bool, int, str]]:
+    """Sort key of a file name in which numbers count by their value."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", file.name)
+    return [(not p[0].isdecimal(), int(p) if p[0].isdecimal() else 0, p.lower()) for p in parts]
 
 
 def _open(source: Source) -> Image.Image | None:

@@ -12,8 +12,10 @@ can start or end a turn. For text without control strings the ids equal those of
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from types import EllipsisType
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from dycoke_jax.checks import sequence, shown, text, whole_number
 from dycoke_jax.errors import PromptError
 
 Conversation = str | Sequence[Mapping[str, Any]]
@@ -21,6 +23,13 @@ Conversation = str | Sequence[Mapping[str, Any]]
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 """The default text of the system turn."""
+
+System = str | EllipsisType | None
+"""Text of the system turn; None for no such turn; ``...`` for the default of the prompt format."""
+
+PromptFormat = Literal["llava-next", "checkpoint"]
+"""``llava-next``: the conversation format of LLaVA-NeXT, which ``build_prompt`` encodes.
+``checkpoint``: the checkpoint's own chat template, see ``inputs.chat_template``."""
 
 _TURN_START = "<|im_start|>"
 _TURN_END = "<|im_end|>"
@@ -83,6 +92,9 @@ def build_prompt(
         PromptError: if the conversation does not fit this template; the message names the turn
             and the remedy.
     """
+    for name, words in (("system", system), ("time_instruction", time_instruction)):
+        if words is not None:
+            text(name, words, error=PromptError)
     if time_instruction is not None and not has_video:
         raise PromptError("a time instruction needs a video; leave it out for a text-only request")
     turns = _as_turns(prompt, has_video)
@@ -97,15 +109,15 @@ def build_prompt(
         ids.append(start)
         # All text between two control tokens, the template's included, is encoded in one call,
         # because BPE may join characters across the boundary. The reference does the same.
-        ids += _encode_text(tokenizer, head)
+        ids += encode_text(tokenizer, head)
         if turn.after_video is not None:
             before, ids = ids, []
-            tail = [text for text in (time_instruction, turn.after_video) if text]
-            ids += _encode_text(tokenizer, "".join("\n" + text for text in tail))
+            tail = [part for part in (time_instruction, turn.after_video) if part]
+            ids += encode_text(tokenizer, "".join("\n" + part for part in tail))
         ids.append(end)
-        ids += _encode_text(tokenizer, "\n")
+        ids += encode_text(tokenizer, "\n")
     ids.append(start)
-    ids += _encode_text(tokenizer, "assistant\n")
+    ids += encode_text(tokenizer, "assistant\n")
     return Prompt(tuple(before), tuple(ids))
 
 
@@ -113,11 +125,42 @@ def encode_answer(tokenizer: Tokenizer, answer: str) -> tuple[int, ...]:
     """Encodes an answer as a training target: its ids, followed by the end-of-turn id.
 
     Raises:
-        PromptError: if the answer is empty.
+        PromptError: if the answer is no text, or empty.
     """
-    if not answer.strip():
+    if not text("the answer", answer, error=PromptError).strip():
         raise PromptError("the answer is empty; give the text that the model should say")
-    return (*_encode_text(tokenizer, answer), control_ids(tokenizer)[1])
+    return (*encode_text(tokenizer, answer), control_ids(tokenizer)[1])
+
+
+def encode_next_question(tokenizer: Tokenizer, question: str) -> tuple[int, ...]:
+    """Encodes a further question of a conversation.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        question: the text of the user's turn.
+
+    Returns:
+        The ids that follow the end-of-turn id of the answer before the question, up to where the
+        next answer begins.
+
+    Raises:
+        PromptError: if the question is no text, or empty.
+    """
+    turn = build_prompt(tokenizer, question, system=None, has_video=False)
+    return (*encode_text(tokenizer, "\n"), *turn.after)
+
+
+def check_prompt(prompt: Conversation, *, has_video: bool) -> None:
+    """Checks the form of a question or conversation without a tokenizer.
+
+    Args:
+        prompt: as for :func:`build_prompt`.
+        has_video: whether the request has a video.
+
+    Raises:
+        PromptError: as :func:`build_prompt` does for a malformed conversation.
+    """
+    _as_turns(prompt, has_video)
 
 
 def time_instruction(clip_duration: float, times: Sequence[float]) -> str:
@@ -152,7 +195,8 @@ def stop_ids(tokenizer: Tokenizer, extra: Iterable[int] = ()) -> tuple[int, ...]
     Raises:
         PromptError: if the tokenizer lacks the control tokens of ChatML.
     """
-    ids = {control_ids(tokenizer)[1], *(int(token) for token in extra)}
+    ids = {control_ids(tokenizer)[1]}
+    ids |= {whole_number("a stop id", token, 0, error=PromptError) for token in extra}
     end_of_text = getattr(tokenizer, "eos_token_id", None)
     if end_of_text is not None:
         ids.add(int(end_of_text))
@@ -186,7 +230,7 @@ def control_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     return ids[0], ids[1]
 
 
-def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Encodes a text without recognising control or other added tokens in it.
 
     The tokenizer's stages are called one by one, which bypasses its table of added tokens. Its
@@ -216,6 +260,8 @@ def _as_turns(prompt: Conversation, has_video: bool) -> list[_Turn]:
         turn = _Turn("user", "", prompt) if has_video else _Turn("user", prompt, None)
         return [turn]
 
+    must = "it must be a question or a list of messages"
+    prompt = sequence("the prompt", prompt, must, error=PromptError)
     if not prompt:
         raise PromptError("the conversation is empty; give at least one user turn")
     turns = [_as_turn(message, number) for number, message in enumerate(prompt, start=1)]
@@ -251,16 +297,19 @@ def _as_turn(message: Any, number: int) -> _Turn:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise PromptError(f"turn {number} is no message; give a role and a content")
     role, content = message["role"], message["content"]
-    if role not in ("system", "user", "assistant"):
-        raise PromptError(f"turn {number}: unknown role {role!r}; use system, user or assistant")
+    if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+        raise PromptError(
+            f"turn {number}: unknown role {shown(role)}; use system, user or assistant"
+        )
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, Sequence):
-        raise PromptError(f"turn {number}: the content is neither a text nor a list of parts")
+    must = "it is neither a text nor a list of parts"
+    parts = sequence(f"turn {number}: the content", parts, must, error=PromptError)
 
-    text: str = ""
+    before_video: str = ""
     after_video: str | None = None
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = kind if isinstance(kind, str) else None
         if kind == "video":
             if role != "user":
                 raise PromptError(f"turn {number}: only a user turn can hold the video")
@@ -280,9 +329,9 @@ def _as_turn(message: Any, number: int) -> _Turn:
         elif not isinstance(part.get("text"), str):
             raise PromptError(f"turn {number}: a text part needs its text under 'text'")
         elif after_video is None:
-            text += part["text"]
+            before_video += part["text"]
         else:
             after_video += part["text"]
-    if role != "system" and after_video is None and not text.strip():
+    if role != "system" and after_video is None and not before_video.strip():
         raise PromptError(f"turn {number} is empty; give it a text or leave it out")
-    return _Turn(role, text, after_video)
+    return _Turn(role, before_video, after_video)

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from dycoke_jax import checks
 from dycoke_jax.errors import ConfigError, VideoError
 
 
@@ -19,17 +21,23 @@ class FrameSampling:
             last, as LLaVA-OneVision does; a clip with fewer frames repeats some. A number above 0
             samples about that many frames a second, as LLaVA-Video does, or ``frames`` frames
             evenly if that would be more than ``frames``.
+
+    Raises:
+        ConfigError: naming the setting and its range.
     """
 
     frames: int = 32
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the ranges of the settings."""
-        if self.frames < 1:
-            raise ConfigError(f"frames is {self.frames}; at least 1 is needed")
-        if self.fps is not None and not 0 < self.fps < float("inf"):
-            raise ConfigError(f"fps is {self.fps}; a number above 0 is needed")
+        """Checks the types and ranges of the settings."""
+        allowed = "be at least 1, since one frame is needed"
+        frames = checks.whole_number("frames", self.frames, 1, allowed=allowed)
+        object.__setattr__(self, "frames", frames)
+        if self.fps is not None:
+            if isinstance(self.fps, Real) and not 0 < self.fps < float("inf"):
+                raise ConfigError(f"fps is {self.fps}; a number above 0 is needed")
+            object.__setattr__(self, "fps", checks.number("fps", self.fps, 0, with_low=False))
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,6 +55,7 @@ class Scan:
         packets: the packets of the video stream; incomplete ones at the end are left out.
         order: packet numbers of the frames, in the order of presentation.
         has_pts: whether decoded frames carry the timestamps in ``packets.pts``.
+        has_times: whether the file has timestamps at all.
         tick: unit of the timestamps, in seconds.
         header_rates: frame rates that the header suggests, in frames a second, without those that
             cannot be.
@@ -67,6 +68,7 @@ class Scan:
     packets: Packets
     order: Int[np.ndarray, "frames"]
     has_pts: bool
+    has_times: bool
     tick: Fraction
     header_rates: list[float]
     incomplete: int
@@ -86,6 +88,8 @@ class Scan:
     @property
     def timeline(self) -> Timeline:
         """The times of the frames, of which there is at least one."""
+        if not self.has_times:
+            return self.nominal_timeline(self.total)
         return self.timeline_of(self.pts, self.packets.duration[self.order])
 
     def timeline_of(
@@ -97,7 +101,10 @@ class Scan:
         return measure_timeline(ticks, end, self.tick, self.header_rates)
 
     def nominal_timeline(self, total: int) -> Timeline:
-        """Returns the times of ``total`` frames by the header's rate, for damaged files."""
+        """Returns the times of ``total`` frames by the header's rate.
+
+        It is for files that are damaged or have no timestamps.
+        """
         return even_timeline(total, self.header_rates[0] if self.header_rates else 1.0)
 
     @property
@@ -129,11 +136,14 @@ def scan(source: Source) -> Scan:
     damage = None
     hidden = incomplete = complete = complete_incomplete = 0
     rows: list[tuple[int, int, int, int, bool, bool, bool, bool]] = []
-    has_pts = True
+    has_pts = has_times = True
     with open_container(source) as container:
         stream = video_stream(source, container)
         codec, extradata = stream.codec_context.name, stream.codec_context.extradata
         is_mp4 = "mp4" in container.format.name.split(",")
+        # These formats have no presentation timestamps; FFmpeg sets those of decoding.
+        if container.format.name in ("avi", "asf") and stream.codec_context.has_b_frames:
+            has_pts = False
         # The index entries reflect the edit list, which trims a clip without removing frames from
         # the file; stream.frames does not.
         promised = len(stream.index_entries) if is_mp4 else stream.frames
@@ -149,6 +159,7 @@ def scan(source: Source) -> Scan:
                 pts = packet.pts
                 if pts is None:
                     has_pts = False
+                    has_times &= dts is not None
                     pts = dts if dts is not None else len(rows)
                 is_shown = not (packet.is_discard or _is_hidden(packet, codec))
                 is_key = packet.is_keyframe
@@ -198,7 +209,9 @@ def scan(source: Source) -> Scan:
     header_rates = [float(rate) for rate in rates if rate]
     if not header_rates and seconds:
         header_rates = [max(frames, 1) / seconds]
-    return Scan(packets, order, has_pts, tick, header_rates, incomplete, damage, tuple(notes))
+    return Scan(
+        packets, order, has_pts, has_times, tick, header_rates, incomplete, damage, tuple(notes)
+    )
 
 
 def _presentation_order(packets: Packets) -> Iterator[int]:

@@ -16,17 +16,18 @@ from jaxtyping import Int, UInt8
 
 from dycoke_jax.errors import VideoError
 from dycoke_jax.inputs.clip import Clip
-from dycoke_jax.inputs.container import Readable, Source, find_source
-from dycoke_jax.inputs.decoding import (
-    Decoded,
-    decode_all,
-    pick_by_seeking,
-    pick_in_order,
-    plan_seeks,
+from dycoke_jax.inputs.container import Readable, Source, find_source, folder_of
+from dycoke_jax.inputs.decoding import Decoded, decode_all, pick_in_order
+from dycoke_jax.inputs.pictures import (
+    UNEVEN,
+    is_picture,
+    pictures_of,
+    read_picture,
+    read_pictures,
 )
-from dycoke_jax.inputs.pictures import UNEVEN, is_picture, read_picture
 from dycoke_jax.inputs.sampling import FrameSampling, Timeline, choose_frames
 from dycoke_jax.inputs.scan import Scan, scan
+from dycoke_jax.inputs.seeking import pick_by_seeking, plan_seeks
 from dycoke_jax.progress import Progress
 
 
@@ -42,7 +43,8 @@ def read_clip(
 
     Args:
         path: a local file in one of the usual formats, its bytes, or an open binary file; a still
-            picture is a clip of one frame.
+            picture is a clip of one frame. Or a folder of pictures (see
+            ``inputs.pictures.read_pictures``).
         sampling: which frames to sample.
         size: side of the resized square frames, in pixels.
         allow_damaged: for a damaged or truncated file, use the frames that can be decoded and add
@@ -58,6 +60,8 @@ def read_clip(
         VideoError: if the file cannot be read as video, or is damaged and ``allow_damaged`` is
             False. The message names the file and the remedy.
     """
+    if (folder := folder_of(path)) is not None:
+        return read_pictures(folder, sampling, size, progress)
     source = find_source(path)
     if is_picture(source):
         return read_picture(source, sampling, size, progress)
@@ -100,6 +104,8 @@ def read_clip(
 def check_clip(path: Readable, *, allow_damaged: bool = False) -> None:
     """Checks the structure of a video file without decoding it, which finds most faults early.
 
+    A picture is decoded, which takes little time.
+
     Args:
         path: as in :func:`read_clip`.
         allow_damaged: accept a damaged or truncated file that has at least one complete frame.
@@ -107,8 +113,12 @@ def check_clip(path: Readable, *, allow_damaged: bool = False) -> None:
     Raises:
         VideoError: as :func:`read_clip`, for faults that are visible in the file's structure.
     """
+    if (folder := folder_of(path)) is not None:
+        pictures_of(folder)
+        return
     source = find_source(path)
     if is_picture(source):
+        read_picture(source, FrameSampling(frames=1), size=1)
         return
     found = _scan(source)
     if found.damage:
@@ -187,7 +197,7 @@ def _check(
     if is_damaged or found.damage:
         # Timestamps of a damaged file are not to be trusted.
         return _Checked(found.nominal_timeline(decoded.total), threads)
-    if decoded.pts is None:
+    if decoded.pts is None or not found.has_times:
         return _Checked(found.nominal_timeline(decoded.total + len(lost)), threads)
     pts, duration = decoded.pts, decoded.duration
     if lost:

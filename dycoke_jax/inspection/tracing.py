@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from dycoke_jax.compression.dycoke import DyCoke
-from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.compression.protocol import Compressor, check_compressor
 from dycoke_jax.engine import Decoding, TokenCounts, run_batch
 from dycoke_jax.errors import RequestError
 from dycoke_jax.generation.state import DecodeState
-from dycoke_jax.inputs.prompts import DEFAULT_SYSTEM, Conversation
+from dycoke_jax.inputs.prompts import Conversation, PromptFormat, System
 from dycoke_jax.inputs.video import FrameSampling
 from dycoke_jax.llava_video import LlavaVideo, Video
 
@@ -60,7 +60,8 @@ def trace_answer(
     max_new_tokens: int = 128,
     frames: int = 32,
     fps: float | None = None,
-    system: str | None = DEFAULT_SYSTEM,
+    system: System = ...,
+    prompt_format: PromptFormat = "llava-next",
 ) -> Trace:
     """Answers one question by greedy decoding and records the kept and the attended tokens.
 
@@ -72,8 +73,14 @@ def trace_answer(
     """
     if video is None:
         raise RequestError("there is nothing to trace without a clip")
+    check_compressor(compression)
     request, _ = model.request(
-        video, prompt, Decoding(max_new_tokens), FrameSampling(frames, fps), system=system
+        video,
+        prompt,
+        Decoding(max_new_tokens),
+        FrameSampling(frames, fps),
+        system=system,
+        prompt_format=prompt_format,
     )
     assert request.frames is not None
     shape = request.num_frames, model.config.tokens_per_frame

@@ -6,6 +6,9 @@ on from the visual tokens, as if it were the only question. The language model s
 
     prefix | visual | question 1, answer 1 | question 2, answer 2 | ... | empty
     part 0   part 0   part 1                 part 2                     part 0, not valid
+
+A conversation is one part, with the tokens of all its answers to predict. A row without a clip has
+an empty prefix, and its visual slots are not valid.
 """
 
 from collections.abc import Sequence
@@ -17,7 +20,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
 from dycoke_jax.errors import RequestError
-from dycoke_jax.inputs.prompts import Conversation, Tokenizer, build_prompt, encode_answer
+from dycoke_jax.inputs.prompts import (
+    Conversation,
+    Tokenizer,
+    build_prompt,
+    encode_answer,
+    encode_next_question,
+)
 
 
 @dataclass(frozen=True)
@@ -25,15 +34,21 @@ class Example:
     """A clip as model input, with its questions and answers.
 
     Attributes:
-        frames: uint8 RGB frames, resized to the input size of the vision tower.
+        frames: uint8 RGB frames, resized to the input size of the vision tower. Without a clip
+            their values have no effect.
         questions: questions about the clip, at least one. Each is a text, or a conversation as
             ``inputs.prompts.build_prompt`` takes it.
         answers: the right answer to each question, not empty.
+        further: for each question, the further questions of the same conversation with their
+            answers, which are targets as well. Empty: there are none.
+        has_clip: False for questions without a clip.
     """
 
     frames: UInt8[np.ndarray, "F height width 3"]
     questions: Sequence[Conversation]
     answers: Sequence[str]
+    further: Sequence[Sequence[tuple[str, str]]] = ()
+    has_clip: bool = True
 
 
 class Batch(NamedTuple):
@@ -55,7 +70,55 @@ class Batch(NamedTuple):
     offset: Int[Array, "*steps B Q"]
     """Index of a token in its part, from 0."""
     is_answer: Bool[Array, "*steps B Q"]
-    """True for the tokens to predict: those of the answer and the control token that ends it."""
+    """True for the tokens to predict: those of the answers and the control tokens that end them."""
+    has_clip: Bool[Array, "*steps B"]
+    """False for rows without a clip: no slot of their visual segment is valid."""
+
+
+class Part(NamedTuple):
+    """A question or conversation with its answers as token ids."""
+
+    before: tuple[int, ...]
+    """Ids before the visual tokens; empty without a clip."""
+    ids: tuple[int, ...]
+    """Ids after the visual tokens, those of the answers included."""
+    is_answer: tuple[bool, ...]
+    """True for each of ``ids`` that is a token to predict."""
+
+
+def encode_part(
+    tokenizer: Tokenizer,
+    question: Conversation,
+    answer: str,
+    further: Sequence[tuple[str, str]] = (),
+    *,
+    has_clip: bool = True,
+) -> Part:
+    """Encodes a question or conversation with its answers.
+
+    Each answer is encoded on its own, as the model has to generate it. The ids are those of
+    ``preprocess_qwen`` of LLaVA-NeXT up to the end of the last answer. The tokens to predict are
+    the answers and the control tokens that end them; LLaVA-NeXT adds control tokens and newlines of
+    the template, which are never generated.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        question: a text, or a conversation as ``inputs.prompts.build_prompt`` takes it.
+        answer: the right answer to the question.
+        further: the further questions of the conversation and their answers.
+        has_clip: whether there is a clip.
+
+    Raises:
+        PromptError: if the conversation is malformed or an answer is empty.
+    """
+    prompt = build_prompt(tokenizer, question, has_video=has_clip)
+    spans = [(prompt.after, False), (encode_answer(tokenizer, answer), True)]
+    for next_question, next_answer in further:
+        spans.append((encode_next_question(tokenizer, next_question), False))
+        spans.append((encode_answer(tokenizer, next_answer), True))
+    ids = tuple(token for span, _ in spans for token in span)
+    is_answer = tuple(predicted for span, predicted in spans for _ in span)
+    return Part(prompt.before, ids, is_answer)
 
 
 def token_count(tokenizer: Tokenizer, question: Conversation, answer: str) -> int:
@@ -64,8 +127,7 @@ def token_count(tokenizer: Tokenizer, question: Conversation, answer: str) -> in
     Raises:
         PromptError: if the conversation is malformed or the answer is empty.
     """
-    prompt = build_prompt(tokenizer, question, has_video=True)
-    return len(prompt.after) + len(encode_answer(tokenizer, answer))
+    return len(encode_part(tokenizer, question, answer).ids)
 
 
 def pack(tokenizer: Tokenizer, examples: Sequence[Example], width: int) -> Batch:
@@ -91,14 +153,16 @@ def pack(tokenizer: Tokenizer, examples: Sequence[Example], width: int) -> Batch
     prefixes: dict[int, tuple[int, ...]] = {}
     for row, example in enumerate(examples):
         used = 0
-        pairs = zip(example.questions, example.answers, strict=True)
-        for part, (question, answer) in enumerate(pairs, start=1):
-            prompt = build_prompt(tokenizer, question, has_video=True)
-            if prompt.before != prefixes.setdefault(row, prompt.before):
+        further = example.further or [()] * len(example.questions)
+        conversations = zip(example.questions, example.answers, further, strict=True)
+        for part, conversation in enumerate(conversations, start=1):
+            before, ids, predicted = encode_part(
+                tokenizer, *conversation, has_clip=example.has_clip
+            )
+            if before != prefixes.setdefault(row, before):
                 raise RequestError(
                     "questions of one clip that share a row must share all text before the video"
                 )
-            ids = [*prompt.after, *encode_answer(tokenizer, answer)]
             if used + len(ids) > width:
                 if part == 1:
                     raise RequestError(
@@ -109,12 +173,13 @@ def pack(tokenizer: Tokenizer, examples: Sequence[Example], width: int) -> Batch
             columns["ids"][row, place] = ids
             columns["part"][row, place] = part
             columns["offset"][row, place] = range(len(ids))
-            is_answer[row, used + len(prompt.after) : used + len(ids)] = True
+            is_answer[row, place] = predicted
             used += len(ids)
     lengths = np.array([len(prefix) for prefix in prefixes.values()], np.int32)
     prefix = np.zeros((count, -(-int(lengths.max()) // 8) * 8), np.int32)
     for row, values in prefixes.items():
         prefix[row, : len(values)] = values
     frames = np.stack([example.frames for example in examples])
-    arrays = [frames, prefix, lengths, *columns.values(), is_answer]
+    has_clip = np.array([example.has_clip for example in examples])
+    arrays = [frames, prefix, lengths, *columns.values(), is_answer, has_clip]
     return Batch(*map(jnp.asarray, arrays))

@@ -9,12 +9,11 @@ import numpy as np
 from dycoke_jax.checkpoint import open_checkpoint
 from dycoke_jax.checkpoint.conversion import copy_companions
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.inputs.sampling import FrameSampling
-from dycoke_jax.inputs.video import read_clip
+from dycoke_jax.inputs import FrameSampling
 from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.scenes import SceneSettings
-from dycoke_jax.training.batches import Example, pack
-from dycoke_jax.training.records import RecordSource, read_records
+from dycoke_jax.training.batches import pack
+from dycoke_jax.training.records import RecordSource, examples_of, group_into_rows, read_records
 from dycoke_jax.training.run import Intervals, Run, train_and_save
 from dycoke_jax.training.scoring import HeldOut, both_accuracies, task_held_out
 from dycoke_jax.training.sources import BatchShape, Source, TaskSource
@@ -28,10 +27,10 @@ class FineTuning:
 
     Attributes:
         model: folder or hub id of the checkpoint to start from.
-        data: JSONL file of training records (see ``records.read_records``). None: the run trains
-            on the built-in task.
-        test_data: JSONL file of held-out records for the evaluations. None: the run evaluates on
-            the test split of the built-in task if it trains on that task, and else not at all.
+        data: file of training records (see ``record_file.read_records``). None: the run trains on
+            the built-in task.
+        test_data: file of held-out records for the evaluations. None: the run evaluates on the
+            test split of the built-in task if it trains on that task, and else not at all.
         sampling: number of frames of a clip, or frames a second (for clips from files only).
         shape: sizes of a training step.
         dropping: shares of the steps that drop visual tokens.
@@ -67,7 +66,6 @@ def fine_tune(
         ConfigError: if a setting is out of range, or if the folder holds a run with other settings.
         CheckpointError: if the checkpoint cannot be read or the folder cannot be written.
         RequestError: if the records are faulty, or one of them does not fit into a row.
-        PromptError: if a conversation is malformed or an answer is empty.
         VideoError: if a clip cannot be read.
     """
     checkpoint = open_checkpoint(what.model)
@@ -85,13 +83,15 @@ def fine_tune(
         source = RecordSource(
             records, tokenizer, size, what.sampling, what.shape, what.dropping, what.seed
         )
-        _ = source.rows  # Fails early, before weights are loaded, if a record does not fit.
+        _ = source.rows  # Fails early, before weights are loaded, if a record is faulty.
     if what.test_data is not None:
         batches = []
-        for record in read_records(what.test_data):
-            frames = read_clip(record.video, what.sampling, size).frames
-            example = Example(frames, [record.question], [record.answer])
-            batches.append(pack(tokenizer, [example], what.shape.width))
+        held_out_records = read_records(what.test_data)
+        # Fails if a record is faulty, with the place of each such record.
+        group_into_rows(held_out_records, tokenizer, what.shape.width)
+        for record in held_out_records:
+            examples = examples_of([[record]], what.sampling, size)
+            batches.append(pack(tokenizer, examples, what.shape.width))
         held_out = HeldOut(batches, [[["all"]]] * len(batches))
     evaluate = None
     if held_out is not None:

@@ -96,8 +96,8 @@ class Scores(NamedTuple):
     auxiliary: Float[Array, ""]
     """Sum of the weighted auxiliary losses, in float32; it is not part of ``loss``."""
     right: Bool[Array, "B parts"]
-    """Whether every token of the answer of a part has the highest logit, so that greedy decoding
-    would generate exactly this answer. The axis covers parts 1 to ``MAX_PARTS``."""
+    """Whether every token of the answers of a part has the highest logit, so that greedy decoding
+    would generate exactly these answers. The axis covers parts 1 to ``MAX_PARTS``."""
     asked: Bool[Array, "B parts"]
     """Whether a row has the part, that is, a question with this number."""
 
@@ -202,4 +202,7 @@ def _visual(
             kept = jnp.sort(jax.lax.top_k(places, kept.shape[1])[1], axis=1)
     config = model.config
     newline = model.image_newline[...]
-    return place_newlines(features, kept, newline, config.newline, config.frame_grid), kept
+    visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
+    # Slots that are not valid are never attended to and take no position, so that a row without a
+    # clip is a row of text.
+    return visual._replace(valid=visual.valid & batch.has_clip[:, None]), kept

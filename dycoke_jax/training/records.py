@@ -1,91 +1,29 @@
-"""The user's training data: a JSONL file of clips, questions and answers."""
+"""A source of training data that reads the user's records."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
-from dycoke_jax.errors import RequestError
-from dycoke_jax.inputs.prompts import Conversation, Tokenizer
-from dycoke_jax.inputs.sampling import FrameSampling
-from dycoke_jax.inputs.video import check_clip, read_clip
-from dycoke_jax.training.batches import Example, token_count
+from dycoke_jax.errors import PromptError, RequestError, VideoError
+from dycoke_jax.inputs import FrameSampling, read_clip
+from dycoke_jax.inputs.prompts import Tokenizer
+from dycoke_jax.training.batches import Example, encode_part
+from dycoke_jax.training.record_file import Record, raise_problems, read_records
 from dycoke_jax.training.sources import BatchShape, StepData
 from dycoke_jax.training.token_dropping import TokenDroppingMix
 
-
-@dataclass(frozen=True)
-class Record:
-    """One line of a training file.
-
-    Attributes:
-        video: path of the clip.
-        question: the question as a text, or the turns of a conversation before the answer.
-        answer: the right answer.
-    """
-
-    video: Path
-    question: Conversation
-    answer: str
-
-
-def read_records(path: Path) -> list[Record]:
-    """Reads a JSONL file whose lines are ``{"video": ..., "question": ..., "answer": ...}``.
-
-    Empty lines are ignored. ``question`` is a text, or a conversation as
-    ``inputs.prompts.build_prompt`` takes it.
-
-    Args:
-        path: the file, in UTF-8. Relative paths of videos start at its folder.
-
-    Returns:
-        At least one record, in the order of the lines.
-
-    Raises:
-        RequestError: if the file cannot be read, holds no record, or has faulty lines; the message
-            names the first ten of these.
-        VideoError: if a clip cannot be opened.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read ({error})") from None
-    records, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_record(json.loads(line), path.parent))
-        except ValueError as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
-        raise RequestError(f"{path}: " + "; ".join(problems[:10]) + more)
-    if not records:
-        raise RequestError(f"{path} holds no record")
-    for video in dict.fromkeys(record.video for record in records):
-        check_clip(video)
-    return records
-
-
-def _record(values: object, folder: Path) -> Record:
-    if not isinstance(values, dict):
-        raise ValueError("not an object")
-    for key in ("video", "question", "answer"):
-        if key not in values:
-            raise ValueError(f"has no {key}")
-    if not isinstance(values["video"], str) or not isinstance(values["answer"], str):
-        raise ValueError("video and answer must be texts")
-    return Record(folder / values["video"], values["question"], values["answer"])
+__all__ = ["Record", "RecordSource", "examples_of", "group_into_rows", "read_records"]
 
 
 @dataclass(frozen=True)
 class RecordSource:
     """A source (see ``sources.Source``) that reads records, in a new random order each epoch.
 
-    Records of the same clip share rows.
+    Records of the same clip share rows, and so do records without a clip.
 
     Attributes:
         records: the records to train on, at least one.
@@ -107,47 +45,44 @@ class RecordSource:
 
     @cached_property
     def rows(self) -> list[list[Record]]:
-        """All records, grouped into rows: each holds as many records of one clip as fit.
+        """All records, grouped into rows, see ``group_into_rows``.
+
+        With ``sampling.fps`` and several rows in a step, this decodes all clips once, because a
+        step cannot hold clips that differ in their number of frames.
 
         Raises:
-            RequestError: if a record alone does not fit into a row.
-            PromptError: if a conversation is malformed or an answer is empty.
+            RequestError: if a conversation is malformed, if a record alone does not fit into a row,
+                or if clips of a step would differ in their number of frames.
+            VideoError: if a clip cannot be read.
         """
-        rows: dict[Path, list[list[Record]]] = {}
-        room: dict[Path, int] = {}
-        for record in self.records:
-            used = token_count(self.tokenizer, record.question, record.answer)
-            if used > self.shape.width:
+        rows = group_into_rows(self.records, self.tokenizer, self.shape.width)
+        if self.sampling.fps is not None and self.shape.examples > 1:
+            self._check_frame_counts()
+        return rows
+
+    def _check_frame_counts(self) -> None:
+        first: tuple[Path, int] | None = None
+        clips = {record.video: record for record in self.records if record.video is not None}
+        for path, record in clips.items():
+            count = len(_read(record, self.sampling, 1))
+            if first is None:
+                first = path, count
+            elif count != first[1]:
                 raise RequestError(
-                    f"a question and its answer about {record.video} take {used} tokens; "
-                    f"width is {self.shape.width}"
+                    f"{path} gives {count} frames and {first[0]} {first[1]}; clips of a step need "
+                    "equally many: leave out fps, or train on one clip a step"
                 )
-            if used > room.get(record.video, 0):
-                rows.setdefault(record.video, []).append([])
-                room[record.video] = self.shape.width
-            rows[record.video][-1].append(record)
-            room[record.video] -= used
-        return [row for of_clip in rows.values() for row in of_clip]
 
     def step(self, number: int) -> StepData:
         """The data of a step, see ``sources.Source.step``.
 
         Raises:
-            RequestError: if the clips of the step differ in their number of frames, which can
-                happen if ``sampling.fps`` is set; or as ``rows`` does.
-            PromptError: as ``rows`` does.
+            RequestError: as ``rows`` does.
             VideoError: if a clip cannot be read.
         """
         count, first = self.shape.examples, number * self.shape.examples
         rows = [self._row(place) for place in range(first, first + count)]
-        examples = [self._example(row) for row in rows]
-        for row, example in zip(rows, examples, strict=True):
-            if len(example.frames) != len(examples[0].frames):
-                raise RequestError(
-                    f"{row[0].video} gives {len(example.frames)} frames and {rows[0][0].video} "
-                    f"{len(examples[0].frames)}; clips of a step need equally many: leave out "
-                    "fps, or train on one clip a step"
-                )
+        examples = examples_of(rows, self.sampling, self.size)
         batch = self.shape.pack(self.tokenizer, examples)
         return StepData(batch, self.dropping.choose(number, self.seed))
 
@@ -157,6 +92,94 @@ class RecordSource:
         order = np.random.default_rng([self.seed, epoch, 4]).permutation(len(self.rows))
         return self.rows[order[index]]
 
-    def _example(self, row: list[Record]) -> Example:
-        clip = read_clip(row[0].video, self.sampling, self.size)
-        return Example(clip.frames, [r.question for r in row], [r.answer for r in row])
+
+def group_into_rows(
+    records: Sequence[Record], tokenizer: Tokenizer, width: int
+) -> list[list[Record]]:
+    """Groups records into rows.
+
+    The records of a row have the same clip, or none, and the same text before it. A row holds as
+    many of them as fit.
+
+    Args:
+        records: the records.
+        tokenizer: the tokenizer of the model.
+        width: slots of a row for questions and answers, in tokens.
+
+    Returns:
+        The rows; the records of one clip are in their order.
+
+    Raises:
+        RequestError: if conversations are malformed, or if records do not fit into a row; the
+            message names the first ten of these.
+    """
+    rows: dict[tuple[Path | None, tuple[int, ...]], list[list[Record]]] = {}
+    room: dict[tuple[Path | None, tuple[int, ...]], int] = {}
+    problems = []
+    for record in records:
+        place = f"{record.place}: " if record.place else ""
+        has_clip = record.video is not None
+        try:
+            part = encode_part(
+                tokenizer, record.question, record.answer, record.further, has_clip=has_clip
+            )
+        except PromptError as error:
+            problems.append(f"{place}{error}")
+            continue
+        used = len(part.ids)
+        if used > width:
+            about = f" about {record.video}" if has_clip else ""
+            problems.append(
+                f"{place}a question and its answer{about} take {used} tokens; width is {width}"
+            )
+            continue
+        key = record.video, part.before
+        if used > room.get(key, 0):
+            rows.setdefault(key, []).append([])
+            room[key] = width
+        rows[key][-1].append(record)
+        room[key] -= used
+    raise_problems(problems)
+    return [row for of_clip in rows.values() for row in of_clip]
+
+
+def examples_of(
+    rows: Sequence[Sequence[Record]], sampling: FrameSampling, size: int
+) -> list[Example]:
+    """Reads the clips of rows.
+
+    Args:
+        rows: records of one clip each, or without a clip.
+        sampling: which frames of each clip are used.
+        size: height and width of the input of the vision tower, in pixels.
+
+    Returns:
+        An example for each row. Those without a clip have as many black frames as the first clip
+        has frames, or a single one if there is no clip at all.
+
+    Raises:
+        VideoError: if a clip cannot be read.
+    """
+    clips = [None if row[0].video is None else _read(row[0], sampling, size) for row in rows]
+    black = np.zeros((1, size, size, 3), np.uint8)
+    black = np.zeros_like(next((clip for clip in clips if clip is not None), black))
+    return [
+        Example(
+            black if clip is None else clip,
+            [record.question for record in row],
+            [record.answer for record in row],
+            [record.further for record in row],
+            has_clip=clip is not None,
+        )
+        for row, clip in zip(rows, clips, strict=True)
+    ]
+
+
+def _read(record: Record, sampling: FrameSampling, size: int) -> UInt8[np.ndarray, "F size size 3"]:
+    """The frames of a record's clip; an error names the record."""
+    assert record.video is not None
+    try:
+        return read_clip(record.video, sampling, size).frames
+    except VideoError as error:
+        place = f"{record.place}: " if record.place else ""
+        raise VideoError(f"{place}{error}") from error

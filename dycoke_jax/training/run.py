@@ -19,6 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dycoke_jax.checkpoint.save import save_llava_hf
+from dycoke_jax.checks import whole_number
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import CheckpointError, ConfigError
 from dycoke_jax.files import read_json_object
@@ -43,7 +44,7 @@ class Intervals:
         save: steps between two checkpoints, at least 1.
 
     Raises:
-        ConfigError: naming the interval that is below 1.
+        ConfigError: naming the interval that is no whole number of at least 1.
     """
 
     log: int = 10
@@ -52,8 +53,7 @@ class Intervals:
 
     def __post_init__(self) -> None:
         for name in ("log", "evaluate", "save"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} every {getattr(self, name)} steps; at least 1 works")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from dycoke_jax.errors import ConfigError
+from dycoke_jax.checks import whole_number
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.scenes import SceneSettings
@@ -58,7 +58,7 @@ class BatchShape:
         width: slots of a row for questions and answers, in tokens, at least 1.
 
     Raises:
-        ConfigError: naming the size that is below 1.
+        ConfigError: naming the size that is no whole number of at least 1.
     """
 
     rows: int = 2
@@ -67,8 +67,7 @@ class BatchShape:
 
     def __post_init__(self) -> None:
         for name in ("rows", "accumulate", "width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
 
     @property
     def examples(self) -> int:

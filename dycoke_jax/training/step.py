@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dycoke_jax.checks import choice, flag, number, whole_number
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.models.llava import Params
@@ -67,15 +68,17 @@ class Optimisation:
     rematerialise: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; it must be at least 1")
+        checked: dict[str, Any] = {"steps": whole_number("steps", self.steps, 1)}
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        modules = "language", "projector", "tower", "frozen_layers"
-        for name in (*modules, "warm_up", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+            checked[name] = number(name, getattr(self, name), 0, with_low=False)
+        for name in ("language", "projector", "tower", "weight_decay"):
+            checked[name] = number(name, getattr(self, name), 0)
+        for name in ("frozen_layers", "warm_up"):
+            checked[name] = whole_number(name, getattr(self, name), 0)
+        checked["dtype"] = choice("dtype", self.dtype, ("float32", "bfloat16"))
+        checked["rematerialise"] = flag("rematerialise", self.rematerialise)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         starts = [0, *(cycle.start for cycle in self.cycles), self.steps]
         if starts != sorted(set(starts)):
             raise ConfigError(
@@ -104,7 +107,8 @@ class Metrics(NamedTuple):
     token_accuracy: Float[Array, ""]
     """Share of answer tokens that have the highest logit, in [0, 1]."""
     answer_accuracy: Float[Array, ""]
-    """Share of answers of which every token has the highest logit, in [0, 1]."""
+    """Share of questions and conversations of which every answer token has the highest logit, in
+    [0, 1]."""
     gradient: Float[Array, ""]
     """Global norm of the gradient before clipping, auxiliary losses included."""
     learning_rate: Float[Array, ""]

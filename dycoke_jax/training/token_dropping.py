@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dycoke_jax.checks import number
 from dycoke_jax.errors import ConfigError
 
 
@@ -41,13 +42,15 @@ class TokenDroppingMix:
     k: float = 0.7
 
     def __post_init__(self) -> None:
-        if min(self.merged, self.random) < 0 or self.merged + self.random > 1:
+        for name in ("merged", "random"):
+            share = number(name, getattr(self, name), 0, 1, with_high=True)
+            object.__setattr__(self, name, share)
+        if self.merged + self.random > 1:
             raise ConfigError(
                 f"merged is {self.merged} and random is {self.random}; the shares of training "
-                "steps that drop tokens must not be negative, and their sum must not exceed 1"
+                "steps that drop tokens must not exceed 1 together"
             )
-        if not 0 <= self.k < 1:
-            raise ConfigError(f"k is {self.k}; it must lie in [0, 1)")
+        object.__setattr__(self, "k", number("k", self.k, 0, 1))
 
     def choose(self, step: int, seed: int) -> TokenDropping | None:
         """Draws which visual tokens a step drops; depends on its arguments only.

@@ -1,0 +1,72 @@
+"""Makes a clip of whatever a caller gives as a video."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from dycoke_jax.errors import RequestError
+from dycoke_jax.inputs.clip import Clip, clip_from_array, is_frame
+from dycoke_jax.inputs.container import Readable, folder_of
+from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.inputs.video import read_clip
+from dycoke_jax.progress import Progress
+
+Video = Readable | ArrayLike | Sequence[ArrayLike | Image.Image]
+"""What holds frames.
+
+A path (text, ``Path`` or bytes) of a video, a picture or a folder of pictures; the bytes of a file
+or an open binary file; uint8 RGB frames [F, height, width, 3] as an array of NumPy, JAX or PyTorch;
+or a list of frames, each an array [height, width, 3] or a Pillow image. Frames of arrays and lists
+are all used.
+"""
+
+
+def read_video(
+    video: Any,
+    sampling: FrameSampling,
+    size: int,
+    *,
+    allow_damaged: bool = False,
+    progress: Progress | None = None,
+) -> Clip:
+    """Makes a clip of anything that holds frames.
+
+    Args:
+        video: see ``Video``.
+        sampling: which frames of a file or folder to sample.
+        size: side of the resized square frames, in pixels.
+        allow_damaged: see ``inputs.video.read_clip``.
+        progress: called after each decoded frame; counts frames.
+
+    Raises:
+        RequestError: if ``video`` is of another kind.
+        VideoError: if it cannot be read.
+    """
+    if is_readable(video):
+        return read_clip(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
+    frames = list(video) if isinstance(video, list | tuple) else None
+    if hasattr(video, "shape") and is_frame(video):
+        return clip_from_array(video, size)
+    if frames and all(is_frame(frame) for frame in frames):
+        return clip_from_array(frames, size)
+    held = f" of {type(frames[0]).__name__}" if frames else ""
+    raise RequestError(
+        f"a video cannot be a {type(video).__name__}{held}; it is a path of a video, of a picture "
+        "or of a folder of pictures, the bytes of a file, an open binary file, an array "
+        "[frames, height, width, 3], or a list of arrays or Pillow images"
+    )
+
+
+def is_readable(video: Any) -> bool:
+    """Whether a video is a path, the bytes of a file or an open file."""
+    return isinstance(video, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(
+        video, "read"
+    )
+
+
+def has_times(video: Any) -> bool:
+    """Whether a video says when its frames were filmed: files do, frames and pictures do not."""
+    return is_readable(video) and folder_of(video) is None
