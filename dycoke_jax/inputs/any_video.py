@@ -1,6 +1,5 @@
 """Makes a clip of whatever a caller gives as a video."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,9 +61,7 @@ def read_video(
 
 def is_readable(video: Any) -> bool:
     """Whether a video is a path, the bytes of a file or an open file."""
-    return isinstance(video, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(
-        video, "read"
-    )
+    return isinstance(video, Readable)
 
 
 def has_times(video: Any) -> bool:

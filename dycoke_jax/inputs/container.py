@@ -9,7 +9,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol, runtime_checkable
 
 import av
 import av.container
@@ -17,7 +17,16 @@ import av.stream
 
 from dycoke_jax.errors import VideoError
 
-Readable = str | os.PathLike[str] | bytes | BinaryIO
+
+@runtime_checkable
+class OpenFile(Protocol):
+    """A file that is open for reading in binary mode."""
+
+    def read(self) -> bytes:
+        """Returns the rest of the file."""
+
+
+Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | OpenFile
 """A path, the bytes of a path, the bytes of a file, or an open binary file."""
 
 # Names of FFmpeg's demuxers. Left out are those that open other files (concat, dash, hls, image2,
@@ -30,6 +39,8 @@ _VIDEO = (
 )
 # Files without pictures are allowed, so that the message can say what they hold.
 _OTHER = "aac,ac3,aiff,amr,ass,caf,flac,mp3,srt,wav,webvtt"
+_PICTURE_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
+"""Major brands of HEIF and AVIF files (ISO/IEC 23008-12)."""
 _OPTIONS = {"format_whitelist": f"{_VIDEO},{_OTHER}", "protocol_whitelist": "file"}
 
 _PICTURES = "give a file such as MP4, MKV, WebM or AVI"
@@ -49,16 +60,16 @@ class Source:
     content: Path | bytes
     head: bytes
 
-    def open(self) -> BinaryIO | str:
+    def open(self) -> io.BytesIO | str:
         """Returns what FFmpeg and Pillow open: a path, or a new file in memory."""
         return io.BytesIO(self.content) if isinstance(self.content, bytes) else str(self.content)
 
 
 def folder_of(readable: Readable) -> Path | None:
     """Returns the path of a folder; None if the argument is anything else."""
-    if isinstance(readable, bytes) and b"\0" not in readable:
-        readable = os.fsdecode(readable)
-    if not isinstance(readable, str | os.PathLike):
+    if isinstance(readable, bytes | bytearray) and b"\0" not in readable:
+        readable = os.fsdecode(bytes(readable))
+    if not isinstance(readable, str | os.PathLike) or not os.fspath(readable):
         return None
     try:
         folder = Path(os.fsdecode(readable))
@@ -68,7 +79,7 @@ def folder_of(readable: Readable) -> Path | None:
 
 
 def find_source(readable: Readable) -> Source:
-    """Finds a file and reads its first bytes.
+    """Finds a file and reads its first bytes; messages call it by its path, control codes escaped.
 
     Bytes without a zero byte are taken for a path, since no path holds a zero byte and every video
     file does. An open file is read into memory, from its current position.
@@ -99,8 +110,9 @@ def _in_memory(name: str, data: bytes) -> Source:
     return Source(name, data, data[:4096])
 
 
-def _on_disk(name: str) -> Source:
-    file = Path(name)
+def _on_disk(path: str) -> Source:
+    file = Path(path)
+    name = path if path and path.isprintable() else ascii(path)
     try:
         if not file.exists():
             raise VideoError(f"{name}: no such file; check the path")
@@ -109,7 +121,7 @@ def _on_disk(name: str) -> Source:
         with file.open("rb") as opened:
             head = opened.read(4096)
     except ValueError as error:  # a zero byte in the path
-        raise VideoError(f"{name!r} is no path ({error}); check it") from error
+        raise VideoError(f"{name} is no path ({error}); check it") from error
     except OSError as error:
         raise VideoError(f"{name} cannot be opened ({error.strerror})") from error
     if not head:
@@ -124,6 +136,12 @@ def open_container(source: Source) -> av.container.InputContainer:
     Raises:
         VideoError: if it is no video file, or of a format that is not allowed.
     """
+    if source.head[4:8] == b"ftyp" and source.head[8:12] in _PICTURE_BRANDS:
+        # FFmpeg would open it and show one of its tiles.
+        raise VideoError(
+            f"{source.name} is a HEIF or AVIF picture, which the installed Pillow cannot read; "
+            "convert it to JPEG"
+        )
     try:
         # Metadata that is not UTF-8 must not be an error.
         return av.open(source.open(), "r", options=_OPTIONS, metadata_errors="replace")
@@ -136,8 +154,6 @@ def open_container(source: Source) -> av.container.InputContainer:
 def _why_not(source: Source, error: av.FFmpegError) -> str:
     """Returns why FFmpeg could not open a file, and what to do."""
     if source.head[4:8] == b"ftyp":
-        if source.head[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"avis"):
-            return f"{source.name} is a picture that Pillow cannot read here; convert it to JPEG"
         return (
             f"{source.name} is an MP4 or MOV file without its index (moov), which is written last: "
             "a recording, copy or download was broken off; get the file again"

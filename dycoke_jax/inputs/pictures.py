@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from dycoke_jax.errors import VideoError
 from dycoke_jax.inputs.clip import Clip
-from dycoke_jax.inputs.container import Source, find_source
+from dycoke_jax.inputs.container import Source, find_source, open_container
 from dycoke_jax.inputs.frames import resize
 from dycoke_jax.inputs.sampling import (
     FrameSampling,
@@ -35,9 +35,19 @@ _SHORTEST_MS, _DEFAULT_MS = 20, 100
 def is_picture(source: Source) -> bool:
     """Whether a file is a still picture or a picture animation, by its first bytes."""
     image = _open(source)
-    if image is not None:
-        image.close()
-    return image is not None
+    if image is None:
+        return False
+    with image:
+        return image.format != "JPEG" or not _is_jpeg_stream(source)
+
+
+def _is_jpeg_stream(source: Source) -> bool:
+    """Whether a file holds JPEG pictures one after the other, which are a video (Motion JPEG)."""
+    try:
+        with open_container(source) as container:
+            return container.format.name == "mjpeg"
+    except VideoError:
+        return False
 
 
 def read_picture(
@@ -99,7 +109,7 @@ def pictures_of(folder: Path) -> list[Path]:
     """
     try:
         files = [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
-        pictures = [file for file in files if is_picture(find_source(file))]
+        pictures = [file for file in files if file.stat().st_size and is_picture(find_source(file))]
     except OSError as error:
         raise VideoError(f"{folder} cannot be read ({error.strerror})") from error
     if not pictures:
@@ -169,8 +179,9 @@ def _timeline(image: Image.Image, pictures: int) -> Timeline:
         image.load()
         delay = round(image.info.get("duration", 0))
         delays.append(delay if delay >= _SHORTEST_MS else _DEFAULT_MS)
-    starts = np.cumsum([0, *delays])
-    return measure_timeline(starts[:-1], int(starts[-1]), Fraction(1, 1000), [])
+    unit = 10 if image.format == "GIF" else 1
+    starts = np.cumsum([0, *delays]) // unit
+    return measure_timeline(starts[:-1], int(starts[-1]), Fraction(unit, 1000), [])
 
 
 def _rgb(image: Image.Image) -> Image.Image:

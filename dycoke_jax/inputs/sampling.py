@@ -70,9 +70,8 @@ def measure_timeline(
 ) -> Timeline:
     """Returns the timeline that timestamps give.
 
-    They count as even if they are those of a constant rate, each rounded to a tick. The rate is
-    then the first of ``header_rates`` if that agrees with the timestamps, because the reference
-    computes with it.
+    They count as even if they are those of a constant rate, each rounded to a tick. The reference
+    computes with the header's rate, so that comes first if the timestamps agree with it.
 
     Args:
         ticks: timestamp of each frame, in ascending order; at least one.
@@ -88,13 +87,9 @@ def measure_timeline(
         return even_timeline(total, rate)
     starts = (ticks - ticks[0]) * float(tick)
     measured = (total - 1) / float(starts[-1])
-    if header_rates and abs(header_rates[0] / measured - 1) < 0.02:
-        preferred = header_rates[0]
-    else:
-        preferred = None
     for rate in _candidates(measured, header_rates, int(ticks[1] - ticks[0]) * tick):
         if _is_even(ticks, 1 / (rate * float(tick))):
-            return even_timeline(total, preferred or rate)
+            return even_timeline(total, rate)
     last = float((end - int(ticks[-1])) * tick)
     if last <= 0:
         last = float(np.median(np.diff(starts)))

@@ -245,8 +245,10 @@ def _is_spaced_out(packets: Packets, promised: int) -> bool:
     AVI counts chunks, and an empty chunk repeats the picture before it. Timestamps count chunks
     too, so the frames then end about where the last chunk does.
     """
-    spaced = len(packets) and int(packets.pts[-1] - packets.pts[0]) + 1 > len(packets)
-    return bool(spaced) and packets.pts[-1] + np.diff(packets.pts).max(initial=1) >= promised
+    if len(packets) < 2:
+        return False
+    steps = np.diff(packets.pts)
+    return bool(steps.max() > 1 and packets.pts[-1] + steps.max() >= promised)
 
 
 def _is_hidden(packet: av.Packet, codec: str) -> bool:
