@@ -1,5 +1,6 @@
 """Makes a clip of whatever a caller gives as a video."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from PIL import Image
 
 from dycoke_jax.errors import RequestError
 from dycoke_jax.inputs.clip import Clip, clip_from_array, is_frame
-from dycoke_jax.inputs.container import Readable, folder_of
+from dycoke_jax.inputs.container import OpenFile, Readable, folder_of
 from dycoke_jax.inputs.sampling import FrameSampling
 from dycoke_jax.inputs.video import read_clip
 from dycoke_jax.progress import Progress
@@ -61,7 +62,7 @@ def read_video(
 
 def is_readable(video: Any) -> bool:
     """Whether a video is a path, the bytes of a file or an open file."""
-    return isinstance(video, Readable)
+    return isinstance(video, str | os.PathLike | bytes | bytearray | memoryview | OpenFile)
 
 
 def has_times(video: Any) -> bool:
