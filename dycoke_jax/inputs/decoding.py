@@ -15,7 +15,7 @@ from jaxtyping import Int, UInt8
 
 from dycoke_jax.inputs.container import Source, open_container, video_stream
 from dycoke_jax.inputs.frames import resize
-from dycoke_jax.inputs.orientation import upright
+from dycoke_jax.inputs.orientation import Orientations, upright
 from dycoke_jax.progress import Progress
 
 DECODING = "decoding frames"
@@ -66,6 +66,7 @@ def pick_in_order(
     frames = np.zeros((len(wanted), size, size, 3), np.uint8)
     decoded = filled = faults = 0
     as_expected = True
+    orientations: Orientations = {}
     last = None
     with closing(_decode(source, packets, threads)) as stream:
         for frame in stream:
@@ -74,7 +75,7 @@ def pick_in_order(
             if frame is None:
                 continue
             if decoded == wanted[filled]:
-                frames[filled] = resize(upright(source.name, frame), size)
+                frames[filled] = resize(upright(source.name, frame, orientations), size)
                 filled += 1
                 if pts is not None and frame.pts is not None:
                     as_expected &= frame.pts == pts[decoded]
@@ -85,7 +86,7 @@ def pick_in_order(
             if decoded == goal:
                 break
     if last is not None and filled < len(wanted):
-        frames[filled:] = resize(upright(source.name, last), size)
+        frames[filled:] = resize(upright(source.name, last, orientations), size)
     if len(rows) > len(wanted):
         frames = frames[rows]
     return Picked(frames, goal - decoded, faults, as_expected)

@@ -21,7 +21,7 @@ from dycoke_jax.inputs.container import Source, open_container, video_stream
 from dycoke_jax.inputs.decoding import DECODING
 from dycoke_jax.inputs.entry_points import is_referenced
 from dycoke_jax.inputs.frames import resize
-from dycoke_jax.inputs.orientation import upright
+from dycoke_jax.inputs.orientation import Orientations, upright
 from dycoke_jax.inputs.scan import Packets, Scan
 from dycoke_jax.progress import Progress
 
@@ -120,6 +120,7 @@ def pick_by_seeking(
     def decode(numbers: Sequence[int]) -> None:
         """Decodes the stretches of these numbers."""
         nonlocal done, failed
+        orientations: Orientations = {}
         with open_container(source) as container:
             stream = video_stream(source, container)
             # One thread for each worker: the threads of a decoder run empty at each seek.
@@ -127,7 +128,9 @@ def pick_by_seeking(
             for number in numbers:
                 decoded = 0
                 for frame in _wanted_frames(container, stream, found, stretches[number]):
-                    frames[rows[number] + decoded] = resize(upright(source.name, frame), size)
+                    frames[rows[number] + decoded] = resize(
+                        upright(source.name, frame, orientations), size
+                    )
                     decoded += 1
                     with lock:
                         done += 1
