@@ -15,7 +15,12 @@ from dycoke_jax.tasks.questions import KINDS
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 ACCURACY = ROOT / "docs" / "accuracy.md"
-PAGES = (README, ACCURACY, ROOT / "docs" / "architecture.md", ROOT / "docs" / "training.md")
+DOCS = ROOT / "docs"
+PAGES = (
+    README,
+    ACCURACY,
+    *(DOCS / f"{name}.md" for name in ("architecture", "training", "videos")),
+)
 
 
 @pytest.fixture(scope="module")

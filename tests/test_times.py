@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from support.clips import frame_numbers, write_clip
 from support.ffmpeg import ffmpeg, ffmpeg_frames
 
-from dycoke_jax.inputs import FrameSampling, frame_indices, frame_times, read_clip
+from dycoke_jax.inputs import (
+    FrameSampling,
+    count_frames,
+    frame_indices,
+    frame_times,
+    read_clip,
+)
 from dycoke_jax.inputs.sampling import choose_frames, measure_timeline
 
 SIZE = 64
@@ -184,3 +190,11 @@ def test_a_missing_frame_in_coarse_ticks_is_seen() -> None:
     ticks = np.array([0, 1, 2, 3, 5, 6])
     assert measure_timeline(ticks, 7, Fraction(1, 10), [10.0]).rate is None
     assert measure_timeline(np.arange(6), 6, Fraction(1, 10), [10.0]).rate == 10.0
+
+
+@pytest.mark.parametrize("name", ["pause.mkv", "even.mp4"])
+def test_frames_are_counted_as_they_are_read(tmp_path: Path, name: str) -> None:
+    starts = PAUSE if name == "pause.mkv" else list(range(0, 4000, 100))
+    path = timed_clip(tmp_path / name, starts)
+    for sampling in (FrameSampling(5), FrameSampling(64, fps=1.0), FrameSampling(6, fps=3.0)):
+        assert count_frames(path, sampling) == len(read_clip(path, sampling, SIZE).frames)

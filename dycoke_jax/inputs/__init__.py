@@ -14,7 +14,7 @@ from dycoke_jax.inputs.prompts import (
     time_instruction,
 )
 from dycoke_jax.inputs.sampling import FrameSampling, frame_indices, frame_times
-from dycoke_jax.inputs.video import check_clip, read_clip
+from dycoke_jax.inputs.video import check_clip, count_frames, read_clip
 
 __all__ = [
     "DEFAULT_SYSTEM",
@@ -25,6 +25,7 @@ __all__ = [
     "build_prompt",
     "check_clip",
     "clip_from_array",
+    "count_frames",
     "frame_indices",
     "frame_times",
     "read_clip",

@@ -125,6 +125,21 @@ def check_clip(path: Readable, *, allow_damaged: bool = False) -> None:
         _refuse_or_note(f"{source.name} {found.damage}", allow_damaged, [])
 
 
+def count_frames(path: Readable, sampling: FrameSampling) -> int:
+    """Returns how many frames :func:`read_clip` gives; it decodes only if packets do not tell.
+
+    Raises:
+        VideoError: as :func:`read_clip`.
+    """
+    if folder_of(path) is None:
+        source = find_source(path)
+        if not is_picture(source):
+            found = _scan(source)
+            if not (found.damage or found.is_uncertain):
+                return len(choose_frames(found.timeline, sampling)[0])
+    return len(read_clip(path, sampling, size=1).frames)
+
+
 def _scan(source: Source) -> Scan:
     found = scan(source)
     if not found.total and not found.damage:

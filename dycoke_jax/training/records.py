@@ -1,6 +1,7 @@
 """A source of training data that reads the user's records."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dycoke_jax.errors import PromptError, RequestError, VideoError
-from dycoke_jax.inputs import FrameSampling, read_clip
+from dycoke_jax.inputs import FrameSampling, count_frames, read_clip
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.training.batches import Example, encode_part
 from dycoke_jax.training.record_file import Record, raise_problems, read_records
@@ -47,8 +48,8 @@ class RecordSource:
     def rows(self) -> list[list[Record]]:
         """All records, grouped into rows, see ``group_into_rows``.
 
-        With ``sampling.fps`` and several rows in a step, this decodes all clips once, because a
-        step cannot hold clips that differ in their number of frames.
+        With ``sampling.fps`` and several rows in a step, this counts the frames of all clips,
+        because a step cannot hold clips that differ in their number of frames.
 
         Raises:
             RequestError: if a conversation is malformed, if a record alone does not fit into a row,
@@ -64,7 +65,7 @@ class RecordSource:
         first: tuple[Path, int] | None = None
         clips = {record.video: record for record in self.records if record.video is not None}
         for path, record in clips.items():
-            count = len(_read(record, self.sampling, 1))
+            count = _count(record, self.sampling)
             if first is None:
                 first = path, count
             elif count != first[1]:
@@ -178,8 +179,22 @@ def examples_of(
 def _read(record: Record, sampling: FrameSampling, size: int) -> UInt8[np.ndarray, "F size size 3"]:
     """The frames of a record's clip; an error names the record."""
     assert record.video is not None
-    try:
+    with _naming(record):
         return read_clip(record.video, sampling, size).frames
+
+
+def _count(record: Record, sampling: FrameSampling) -> int:
+    """The number of frames of a record's clip; an error names the record."""
+    assert record.video is not None
+    with _naming(record):
+        return count_frames(record.video, sampling)
+
+
+@contextmanager
+def _naming(record: Record) -> Iterator[None]:
+    """Puts the place of a record before the message of a VideoError."""
+    try:
+        yield
     except VideoError as error:
         place = f"{record.place}: " if record.place else ""
         raise VideoError(f"{place}{error}") from error
