@@ -69,14 +69,23 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeking, "_SEEK_COST", 1)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where clips are kept that several tests read."""
+    return tmp_path_factory.mktemp("clips")
+
+
 def write(path: Path, settings: dict[str, object]) -> Path:
-    return write_clip(path, textured(FRAMES), **settings)  # type: ignore[arg-type]
+    """Writes a clip, if it is not there yet."""
+    if not path.exists():
+        write_clip(path, textured(FRAMES), **settings)  # type: ignore[arg-type]
+    return path
 
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", SOUGHT)
-def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path, name: str) -> None:
-    source = find_source(write(tmp_path / name, SOUGHT[name]))
+def test_seeking_gives_the_frames_of_decoding_in_order(folder: Path, name: str) -> None:
+    source = find_source(write(folder / name, SOUGHT[name]))
     found = scan(source)
     stretches = plan_seeks(found, WANTED)
     assert stretches is not None
@@ -91,9 +100,9 @@ def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path: Path, name: str
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", [*SOUGHT, *IN_ORDER])
 def test_a_clip_is_the_same_with_and_without_seeking(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / name, {**SOUGHT, **IN_ORDER}[name])
+    path = write(folder / name, {**SOUGHT, **IN_ORDER}[name])
     for sampling in (FrameSampling(5), FrameSampling(64, fps=1.0), FrameSampling(1)):
         clip = read_clip(path, sampling, SIZE)
         with monkeypatch.context() as patch:
@@ -106,10 +115,8 @@ def test_a_clip_is_the_same_with_and_without_seeking(
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", IN_ORDER)
-def test_where_seeking_is_not_exact_it_is_not_planned_or_gives_up(
-    tmp_path: Path, name: str
-) -> None:
-    source = find_source(write(tmp_path / name, IN_ORDER[name]))
+def test_where_seeking_is_not_exact_it_is_not_planned_or_gives_up(folder: Path, name: str) -> None:
+    source = find_source(write(folder / name, IN_ORDER[name]))
     found = scan(source)
     stretches = plan_seeks(found, WANTED)
     if stretches is not None:

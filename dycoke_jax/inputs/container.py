@@ -112,7 +112,8 @@ def _in_memory(name: str, data: bytes) -> Source:
 
 def _on_disk(path: str) -> Source:
     file = Path(path)
-    name = path if path and path.isprintable() else ascii(path)
+    # A message is one line, whatever the name.
+    name = "".join(ascii(c)[1:-1] if ord(c) < 32 else c for c in path) or "''"
     try:
         if not file.exists():
             raise VideoError(f"{name}: no such file; check the path")
