@@ -228,7 +228,9 @@ def test_tensor_in_two_shards(sharded: Path):
     assert problems(sharded)[1:] == [f"  duplicate: {name} is in {first} and in {second}"]
 
 
-@pytest.mark.parametrize("where", ["../outside.safetensors", "/tmp/outside.safetensors", 3])
+@pytest.mark.parametrize(
+    "where", ["../outside.safetensors", "/tmp/outside.safetensors", 3, "", "."]
+)
 def test_index_that_leaves_the_folder(sharded: Path, where: object):
     write_tensors(sharded.parent, {NORM: np.ones(64, np.float32)})
     (sharded.parent / "model.safetensors").rename(sharded.parent / "outside.safetensors")

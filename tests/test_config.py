@@ -397,6 +397,6 @@ def test_a_list_of_one_vision_feature_layer_is_that_layer():
     whole = changed(LLAVA_HF_7B, "vision_config.num_hidden_layers", 27)
     for layer in (-2, 26):
         assert read_config(changed(whole, "vision_feature_layer", [layer])) == ONEVISION_7B
-    for layer in ([], [True], [[-1]], [-30]):
+    for layer in ([], [True], [[-1]], [-30], 0, -28):
         with pytest.raises(ConfigError, match="vision_feature_layer"):
             read_config(changed(whole, "vision_feature_layer", layer))

@@ -149,6 +149,20 @@ def test_ids_and_targets_are_those_of_llava_next(folder, qwen2, record, messages
     assert is_answer == wanted_is_answer
 
 
+def test_an_answer_that_begins_with_an_empty_line_follows_the_prompt_it_is_generated_from(
+    folder, qwen2
+):
+    """Encoded as one text, the two line feeds would be one token, which no prompt ends before."""
+    records = read_records(write(folder, {"conversations": turns("Hi?", "\nYes.")}))
+    ids, is_answer = packed(source(records, qwen2).step(0).batch)
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Hi?"}]
+    prompt = qwen2.apply_chat_template(messages, chat_template=TEMPLATE, return_dict=False)
+    prompt += qwen2("<|im_start|>assistant\n").input_ids
+    answer = [*qwen2("\nYes.").input_ids, *qwen2("<|im_end|>").input_ids]
+    assert ids == prompt + answer
+    assert is_answer == [False] * len(prompt) + [True] * len(answer)
+
+
 def test_a_record_of_text_alone_is_the_prompt_without_a_video(folder):
     tokenizer = tiny_tokenizer()
     records = read_records(write(folder, {"conversations": turns("Hello?", "Yes.")}))

@@ -97,6 +97,51 @@ def test_a_folder_with_nothing_beside_the_weights_has_no_notes(
     assert open_folder(random_shards).notes == ()
 
 
+def test_files_beside_converted_weights_are_named(random_folder: Path, tmp_path: Path):
+    convert(random_folder, tmp_path / "model")
+    assert open_folder(tmp_path / "model").notes == ()
+    shutil.copy(random_folder / "model.safetensors", tmp_path / "model")
+    add_adapter(tmp_path / "model")
+    (note,) = open_folder(tmp_path / "model").notes
+    assert note.endswith("not read: adapter_model.safetensors, model.safetensors")
+
+
+def test_a_folder_by_the_name_of_a_weight_file_is_none(random_folder: Path, tmp_path: Path):
+    shutil.copytree(random_folder, tmp_path / "model")
+    (tmp_path / "model" / "adapter_model.safetensors").mkdir()
+    assert open_folder(tmp_path / "model").notes == ()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors files"):
+        load_params(open_folder(tmp_path / "model"))
+
+
+def test_a_link_to_weights_that_are_gone_is_told(random_folder: Path, tmp_path: Path):
+    shutil.copytree(random_folder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="a link to a file that does not exist") as caught:
+        load_params(open_folder(tmp_path / "model"))
+    assert "index" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./model.safetensors", ".//model.safetensors"])
+def test_an_index_may_name_a_file_by_a_path_in_the_folder(
+    random_folder: Path, tmp_path: Path, name: str
+):
+    shutil.copytree(random_folder, tmp_path / "model")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(read_tensors(random_folder), name)}
+    (tmp_path / "model" / INDEX).write_text(json.dumps(index))
+    assert open_folder(tmp_path / "model").notes == ()
+    assert (
+        load_params(open_folder(tmp_path / "model")).keys()
+        == load_params(open_folder(random_folder)).keys()
+    )
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "model.fp16.safetensors"])
 def test_weights_under_another_name_are_refused_as_by_transformers(tiny: Path, name: str):
     (tiny / "model.safetensors").rename(tiny / name)
@@ -105,6 +150,15 @@ def test_weights_under_another_name_are_refused_as_by_transformers(tiny: Path, n
     with pytest.raises(CheckpointError, match=f"neither model.safetensors nor {INDEX}") as caught:
         load_params(open_folder(tiny))
     assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_its_model_is_refused_as_one(tiny: Path):
+    (tiny / "model.safetensors").unlink()
+    add_adapter(tiny)
+    (tiny / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match=r"an adapter .* merge") as caught:
+        load_params(open_folder(tiny))
     assert "\n" not in str(caught.value)
 
 

@@ -61,6 +61,13 @@ def test_other_keys_are_ignored_whatever_number_they_hold(folder):
     assert len(read(folder, line)) == 1
 
 
+def test_a_key_that_is_given_twice_is_found_quickly_among_many(folder):
+    """Within seconds, where comparing each key with every other one takes hours."""
+    keys = ",".join(f'"k{number}": 0' for number in range(500_000))
+    with pytest.raises(DycokeError, match="line 1: the key 'k499999' is given twice"):
+        read(folder, f'{{{keys}, "k499999": 0}}')
+
+
 FAULTY = [
     ("nonsense", "Expecting value"),
     ("{", "Expecting property name"),

@@ -11,9 +11,11 @@ from PIL import Image
 from support.checkpoints import tiny_llava_hf
 from support.clips import write_clip
 from support.command_line import run_main
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from dycoke_jax import DycokeError
+from dycoke_jax.checkpoint import open_checkpoint
 from dycoke_jax.cli import app
 from dycoke_jax.inputs import FrameSampling
 from dycoke_jax.training.records import Record, RecordSource, read_records
@@ -189,6 +191,9 @@ def test_train_command_writes_a_model_that_generates(clips, tmp_path):
     runner = CliRunner()
     model, run = tmp_path / "model", tmp_path / "run"
     assert runner.invoke(app, ["init", str(model)]).exit_code == 0
+    assert not (model / "generation_config.json").exists()
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"eos_token_id": 5}))
     data = write(clips, record(), record("b.mp4"))
     arguments = f"train {run} --model {model} --data {data} --test-data {data} --steps 2 "
     arguments += "--frames 4 --accumulate 2 --log-every 1 --merged 0.5 --tower 0"
@@ -198,6 +203,8 @@ def test_train_command_writes_a_model_that_generates(clips, tmp_path):
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
     assert "merged" in entries[-1]["evaluation"]
+    assert GenerationConfig.from_pretrained(run / "model").eos_token_id == [5]
+    assert 5 in open_checkpoint(run / "model").stop_ids
     asked = ["generate", "--model", str(run / "model"), "--video", str(clips / "a.mp4")]
     asked += ["--prompt", "What?", "--frames", "4", "--max-new-tokens", "2", "--json"]
     result = runner.invoke(app, asked, catch_exceptions=False)

@@ -12,7 +12,7 @@ from support.tokenizers import tiny_tokenizer
 
 from dycoke_jax import DyCoke, DycokeError
 from dycoke_jax.tasks.scenes import SceneSettings
-from dycoke_jax.training.batches import Example, pack, token_count
+from dycoke_jax.training.batches import Example, encode_part, pack
 from dycoke_jax.training.loss import score_answers
 from dycoke_jax.training.run import Intervals, Run, train
 from dycoke_jax.training.sources import BatchShape, TaskSource
@@ -275,7 +275,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 def test_questions_that_do_not_fit_a_row_are_refused_or_left_out():
     with pytest.raises(DycokeError, match="tokens, and 20 are allowed"):
         pack(TOKENIZER, [example()], 20)
-    first = token_count(TOKENIZER, QUESTIONS[0], ANSWERS[0])
+    first = len(encode_part(TOKENIZER, QUESTIONS[0], ANSWERS[0]).ids)
     batch = pack(TOKENIZER, [example()], first + 10)
     assert set(np.unique(batch.part)) == {0, 1}
     with pytest.raises(DycokeError, match="answer is empty"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from dycoke_jax.checkpoint.end_ids import copy_end_ids
 from dycoke_jax.checkpoint.folder import CONFIG, open_folder
 from dycoke_jax.checkpoint.hf_config import llava_hf_config
 from dycoke_jax.checkpoint.names import POST_NORM, llava_hf_name
@@ -136,11 +137,8 @@ def export(
         if is_llava_hf:
             _copy_config(source.path, target, source_config, main_dtype)
         else:
-            written = {**llava_hf_config(source.config), "dtype": main_dtype.name}
-            # Without generation_config.json, this key says what ends an answer.
-            if "eos_token_id" in source_config:
-                written["eos_token_id"] = source_config["eos_token_id"]
-            write_config(target, written)
+            write_config(target, {**llava_hf_config(source.config), "dtype": main_dtype.name})
+            copy_end_ids(source.path, target, source.config.text.vocab_size)
         tensors = _prepared(weights, paths, wanted, progress, not_finite)
         write_safetensors(
             target,

@@ -1,5 +1,6 @@
-"""Reads the token ids that end an answer from the settings of a checkpoint."""
+"""The token ids that end an answer, in the settings of a checkpoint."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,28 @@ def read_end_ids(folder: Path, vocab_size: int) -> tuple[tuple[int, ...], tuple[
             f"left out: {listed}",
         )
     return tuple(token for token in ids if token not in outside), notes
+
+
+def copy_end_ids(source: Path, target: Path, vocab_size: int) -> None:
+    """Gives the ids of ``config.json`` to a folder whose own ``config.json`` is not a copy of it.
+
+    They are written as ``generation_config.json``. A source that has such a file has the ids there,
+    and nothing is written.
+
+    Args:
+        source: a checkpoint's folder, with ``config.json``.
+        target: an existing folder.
+        vocab_size: size of the model's vocabulary.
+
+    Raises:
+        CheckpointError: as ``read_end_ids`` does.
+    """
+    if (source / _GENERATION).exists():
+        return
+    ids, _ = read_end_ids(source, vocab_size)
+    if ids:
+        text = json.dumps({_KEY: ids}, indent=2) + "\n"
+        (target / _GENERATION).write_text(text, encoding="utf-8")
 
 
 def _ids(entry: Any, file: Path) -> list[int]:

@@ -8,7 +8,7 @@ from dycoke_jax.checkpoint.hf_config import read_config
 from dycoke_jax.checkpoint.hf_folder import hf_weights
 from dycoke_jax.checkpoint.location import locate
 from dycoke_jax.checkpoint.orbax_folder import PARAMS, orbax_weights
-from dycoke_jax.checkpoint.safetensors_reader import left_aside
+from dycoke_jax.checkpoint.safetensors_reader import left_aside, safetensors_names
 from dycoke_jax.checkpoint.tensors import Weights
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.files import read_json_object
@@ -59,11 +59,11 @@ def open_folder(name_or_path: str | Path) -> Folder:
     path = locate(name_or_path)
     config = read_config(read_json_object(path / CONFIG))
     if (path / PARAMS).is_dir():
-        return Folder(path, config, "orbax")
-    return Folder(path, config, "hf", _notes(path))
+        return Folder(path, config, "orbax", _notes(safetensors_names(path)))
+    return Folder(path, config, "hf", _notes(left_aside(path)))
 
 
-def _notes(folder: Path) -> tuple[str, ...]:
-    if unread := left_aside(folder):
+def _notes(unread: list[str]) -> tuple[str, ...]:
+    if unread:
         return (f"these files beside the weights are not read: {', '.join(unread)}",)
     return ()

@@ -193,7 +193,7 @@ def _layers_run(config: Mapping[str, Any], depth: int) -> int:
     # transformers joins the features of the layers of a list; those of one layer stay as they are.
     if isinstance(layer, list) and len(layer) == 1:
         layer = layer[0]
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer <= depth:
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= abs(layer) <= depth:
         raise ConfigError(
             f"vision_feature_layer is {layer!r}; supported is one layer of the {depth}-layer tower"
         )

@@ -14,6 +14,7 @@ from dycoke_jax.files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -80,7 +81,10 @@ def open_safetensors(folder: Path, report: Report) -> SafetensorsSet:
         try:
             header = _header(folder / file)
         except FileNotFoundError:
-            report.add("file", f"{file} is missing; the index puts {len(promised)} tensors there")
+            what = "is a link to a file that does not exist"
+            if files.indexed:
+                what = f"is missing; the index puts {len(promised)} tensors there"
+            report.add("file", f"{file} {what}")
             lost |= promised
             continue
         except (SafetensorError, OSError) as error:
@@ -156,15 +160,20 @@ def left_aside(folder: Path) -> list[str]:
     read = {SINGLE}
     if (folder / INDEX).exists():
         read |= _read_index(folder, Report()).promised.keys()
-    return [name for name in _names(folder) if name not in read]
+    return [name for name in safetensors_names(folder) if name not in read]
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+def safetensors_names(folder: Path) -> list[str]:
+    """Returns the names of a folder's safetensors files, read or not, in order."""
+    return sorted(
+        path.name
+        for path in folder.glob("*.safetensors")
+        if not path.name.startswith(".") and not path.is_dir()
+    )
 
 
 def _files(folder: Path, report: Report) -> _Files:
-    names = _names(folder)
+    names = safetensors_names(folder)
     if (folder / INDEX).exists():
         files = _read_index(folder, report)
         # transformers would read the single file, and draw at random what it lacks.
@@ -186,8 +195,9 @@ def _read_index(folder: Path, report: Report) -> _Files:
         # A file that an index names must lie in the folder, so that a downloaded index cannot make
         # this package open other files. Links in the folder may point anywhere, because the hub's
         # cache consists of them.
-        if isinstance(file, str) and not Path(file).is_absolute() and ".." not in Path(file).parts:
-            promised.setdefault(file, set()).add(name)
+        path = Path(file) if isinstance(file, str) else Path()
+        if path.name and not path.is_absolute() and ".." not in path.parts:
+            promised.setdefault(path.as_posix(), set()).add(name)
         else:
             report.add("index", f"{INDEX} puts {name} in {file!r}, which is not in this folder")
             refused.add(name)
@@ -195,6 +205,11 @@ def _read_index(folder: Path, report: Report) -> _Files:
 
 
 def _no_weights(folder: Path, names: list[str]) -> str:
+    if names and (folder / _ADAPTER).exists():
+        return (
+            f"{folder} holds an adapter ({names[0]}) without its model; merge the two (in peft: "
+            "merge_and_unload, then save_pretrained) and give the folder of the result"
+        )
     if names:
         return (
             f"{folder} has neither {SINGLE} nor {INDEX}, and other files ({names[0]}) are not read "

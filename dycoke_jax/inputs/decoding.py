@@ -30,7 +30,8 @@ class Picked:
         frames: uint8 RGB values, resized to squares.
         missing: number of frames that could not be decoded, up to the last chosen one.
         faults: number of decoding errors and corrupt frames.
-        as_expected: whether the chosen frames carry the timestamps that were expected.
+        as_expected: whether the chosen frames carry the timestamps that were expected. If not,
+            decoding stops at the first that does not.
     """
 
     frames: UInt8[np.ndarray, "F size size 3"]
@@ -77,8 +78,9 @@ def pick_in_order(
             if decoded == wanted[filled]:
                 frames[filled] = resize(upright(source.name, frame, orientations), size)
                 filled += 1
-                if pts is not None and frame.pts is not None:
-                    as_expected &= frame.pts == pts[decoded]
+                if pts is not None and frame.pts not in (None, pts[decoded]):
+                    as_expected = False
+                    break
             decoded += 1
             last = frame
             if progress is not None:
@@ -108,18 +110,24 @@ class Decoded(NamedTuple):
 def decode_all(source: Source, packets: int, progress: Progress | None = None) -> Decoded:
     """Decodes all frames of a file, keeping only their timestamps.
 
-    A single thread is used, because it decodes the same frames on every machine next to a fault.
+    If there are faults, it is decoded again in a single thread, because that gives the same frames
+    next to a fault on every machine.
 
     Args:
         source: the file.
         packets: number of its packets to decode.
         progress: called after each decoded frame; counts frames.
     """
+    decoded = _survey(source, packets, True, progress)
+    return _survey(source, packets, False, progress) if decoded.faults else decoded
+
+
+def _survey(source: Source, packets: int, threads: bool, progress: Progress | None) -> Decoded:
     pts: list[int | None] = []
     duration: list[int] = []
     faults = 0
     is_interlaced = True
-    for frame in _decode(source, packets, threads=False):
+    for frame in _decode(source, packets, threads):
         faults += frame is None or bool(frame.is_corrupt)
         if frame is not None:
             pts.append(frame.pts)

@@ -3,6 +3,7 @@
 Nothing is decoded. What only decoding can tell is marked as uncertain.
 """
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -135,7 +136,8 @@ def scan(source: Source) -> Scan:
     """
     damage = None
     hidden = incomplete = complete = complete_incomplete = 0
-    rows: list[tuple[int, int, int, int, bool, bool, bool, bool]] = []
+    table = array("q")  # the fields of Packets, one packet after the other
+    count = 0
     has_pts = has_times = True
     with open_container(source) as container:
         stream = video_stream(source, container)
@@ -160,10 +162,11 @@ def scan(source: Source) -> Scan:
                 if pts is None:
                     has_pts = False
                     has_times &= dts is not None
-                    pts = dts if dts is not None else len(rows)
+                    pts = dts if dts is not None else count
                 is_shown = not (packet.is_discard or _is_hidden(packet, codec))
                 is_key = packet.is_keyframe
-                rows.append(
+                count += 1
+                table.extend(
                     (
                         pts,
                         pts if dts is None else dts,
@@ -178,7 +181,7 @@ def scan(source: Source) -> Scan:
                 if packet.is_corrupt:
                     incomplete += 1
                 else:
-                    complete, complete_incomplete = len(rows), incomplete
+                    complete, complete_incomplete = count, incomplete
         except av.FFmpegError as error:
             damage = f"cannot be read to its end ({error.strerror})"
         tick = stream.time_base or Fraction(1)
@@ -186,10 +189,9 @@ def scan(source: Source) -> Scan:
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
 
     # A recording may end in the middle of a packet.
-    rows, incomplete = rows[:complete], complete_incomplete
-    columns = zip(*rows, strict=True) if rows else [[]] * 8
-    dtypes = (np.int64, np.int64, np.int64, np.int64, bool, bool, bool, bool)
-    packets = Packets(*(np.array(c, t) for c, t in zip(columns, dtypes, strict=True)))
+    incomplete = complete_incomplete
+    columns = np.array(table, np.int64).reshape(-1, 8)[:complete].T
+    packets = Packets(*columns[:4], *columns[4:].astype(bool))
     order = np.array(list(_presentation_order(packets)), np.int64)
     frames = len(order)
     hidden += len(packets) - frames

@@ -36,8 +36,6 @@ class Stretch(NamedTuple):
 
     entry: int
     """Number of the packet at which decoding starts."""
-    first: int
-    """Index of its frame in the order of presentation."""
     wanted: list[int]
     """Indices of the wanted frames, ascending."""
     last: int
@@ -89,7 +87,7 @@ def _stretches(
                 wanted=[*previous.wanted, index], last=max(previous.last, packet)
             )
         else:
-            stretches.append(Stretch(entry, int(firsts[place]), [index], packet))
+            stretches.append(Stretch(entry, [index], packet))
     return stretches
 
 
@@ -152,9 +150,9 @@ def _wanted_frames(
     container: av.container.InputContainer, stream: av.VideoStream, found: Scan, stretch: Stretch
 ) -> Iterator[av.VideoFrame]:
     """Yields the wanted frames of a stretch; fewer if something unexpected comes."""
-    pts = found.packets.pts.tolist()
-    numbers = found.order[stretch.wanted].tolist()
-    left = deque(pts[number] for number in numbers)
+    pts = found.packets.pts
+    wanted = found.order[stretch.wanted].tolist()
+    left = deque(pts[wanted].tolist())
     due: list[int] = []
     codec, extradata = stream.codec_context.name, stream.codec_context.extradata
     number = stretch.entry
@@ -162,9 +160,9 @@ def _wanted_frames(
         for packet in _packets_from(container, stream, stretch.entry, found.packets):
             if packet.size and number < len(pts):
                 number += 1
-                if number - 1 not in numbers and not is_referenced(packet, codec, extradata):
+                if number - 1 not in wanted and not is_referenced(packet, codec, extradata):
                     continue
-                heappush(due, pts[number - 1])
+                heappush(due, int(pts[number - 1]))
             for frame in packet.decode():
                 if frame.is_corrupt or not due or frame.pts != heappop(due):
                     return

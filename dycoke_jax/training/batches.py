@@ -97,9 +97,10 @@ def encode_part(
     """Encodes a question or conversation with its answers.
 
     Each answer is encoded on its own, as the model has to generate it. The ids are those of
-    ``preprocess_qwen`` of LLaVA-NeXT up to the end of the last answer. The tokens to predict are
-    the answers and the control tokens that end them; LLaVA-NeXT adds control tokens and newlines of
-    the template, which are never generated.
+    ``preprocess_qwen`` of LLaVA-NeXT up to the end of the last answer, but for an answer that
+    begins with an empty line, which is joined there with the line before it. The tokens to predict
+    are the answers and the control tokens that end them; LLaVA-NeXT adds control tokens and
+    newlines of the template, which are never generated.
 
     Args:
         tokenizer: the tokenizer of the model.
@@ -119,15 +120,6 @@ def encode_part(
     ids = tuple(token for span, _ in spans for token in span)
     is_answer = tuple(predicted for span, predicted in spans for _ in span)
     return Part(prompt.before, ids, is_answer)
-
-
-def token_count(tokenizer: Tokenizer, question: Conversation, answer: str) -> int:
-    """The number of slots that a question with its answer takes in a row.
-
-    Raises:
-        PromptError: if the conversation is malformed or the answer is empty.
-    """
-    return len(encode_part(tokenizer, question, answer).ids)
 
 
 def pack(tokenizer: Tokenizer, examples: Sequence[Example], width: int) -> Batch:

@@ -8,6 +8,7 @@ import numpy as np
 
 from dycoke_jax.checkpoint import open_checkpoint
 from dycoke_jax.checkpoint.conversion import copy_companions
+from dycoke_jax.checkpoint.end_ids import copy_end_ids
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.inputs import FrameSampling
 from dycoke_jax.progress import Progress
@@ -93,6 +94,11 @@ def fine_tune(
             examples = examples_of([[record]], what.sampling, size)
             batches.append(pack(tokenizer, examples, what.shape.width))
         held_out = HeldOut(batches, [[["all"]]] * len(batches))
+
+    def save_tokenizer(target: Path) -> None:
+        copy_companions(checkpoint.folder.path, target)
+        copy_end_ids(checkpoint.folder.path, target, config.text.vocab_size)
+
     evaluate = None
     if held_out is not None:
         evaluate = both_accuracies(config, held_out, what.optimisation.dtype)
@@ -102,7 +108,7 @@ def fine_tune(
         initial=lambda: checkpoint.load(np.float32),
         source=source,
         optimisation=what.optimisation,
-        save_tokenizer=lambda target: copy_companions(checkpoint.folder.path, target),
+        save_tokenizer=save_tokenizer,
         described=dataclasses.asdict(what) | {"model": str(checkpoint.folder.path)},
         seed=what.seed,
         intervals=intervals,
