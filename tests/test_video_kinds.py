@@ -82,7 +82,7 @@ def test_paths_bytes_open_files_and_folders_are_read(tmp_path):
     "video",
     [3, 0.5, True, object, {}, {"video": "clip.mp4"}, [], (), ["clip.mp4"], [None], [[1, 2], [3]],
      {1, 2}, iter([]), Image.fromarray(FRAMES[0])],
-    ids=repr,
+    ids=lambda video: type(video).__name__,
 )  # fmt: skip
 def test_what_holds_no_frames_is_refused_by_a_list_of_what_does(video):
     with pytest.raises(RequestError, match="it is a path of a video, of a picture") as caught:

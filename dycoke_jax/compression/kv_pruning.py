@@ -87,7 +87,7 @@ class WorkingSet:
             visible=visible,
             attended=jnp.zeros(batch, jnp.int32),
             refreshed=jnp.zeros(batch, bool),
-            parked=[KV(*(x[:, :, visual] for x in cache)) for cache in caches],
+            parked=[cache.part(visual.start, visual.stop) for cache in caches],
             parked_valid=valid[:, visual],
             is_visual=is_visual,
             chosen=chosen,
@@ -112,7 +112,7 @@ class WorkingSet:
         def refill(working: list[KV]) -> list[KV]:
             # Rows that were not refreshed get what they have: their chosen set is the old one.
             return [
-                KV(*(_fill(x, _take(y, chosen)) for x, y in zip(cache, parked, strict=True)))
+                cache.write(parked.take(chosen), 0)
                 for cache, parked in zip(working, state.parked, strict=True)
             ]
 
@@ -333,28 +333,18 @@ def _compact(
 ) -> tuple[list[KV], Bool[Array, "B working"]]:
     """Working sets (the chosen visual slots, then all that is not visual), and what is visible."""
 
-    def compact(x: Float[Array, "B K S E"]) -> Array:
-        before, of_visual, after = jnp.split(x, [visual.start, visual.stop], axis=2)
-        return jnp.concatenate([_take(of_visual, chosen), before, after], axis=2)
+    def compact(cache: KV) -> KV:
+        of_visual = cache.part(visual.start, visual.stop)
+        before, after = cache.part(0, visual.start), cache.part(visual.stop, cache.slots)
+        return KV.join([of_visual.take(chosen), before, after])
 
     visible = [chosen_valid, valid[:, : visual.start], valid[:, visual.stop :]]
-    working = [KV(*(compact(x) for x in cache)) for cache in caches]
-    return working, jnp.concatenate(visible, axis=1)
+    return [compact(cache) for cache in caches], jnp.concatenate(visible, axis=1)
 
 
 def _mark(chosen: Int[Array, "B chosen"], shape: tuple[int, ...]) -> Bool[Array, "B visual"]:
     rows = jnp.arange(shape[0])[:, None]
     return jnp.zeros(shape, bool).at[rows, chosen].set(True)
-
-
-def _take(
-    x: Float[Array, "B K visual E"], chosen: Int[Array, "B chosen"]
-) -> Float[Array, "B K chosen E"]:
-    return jnp.take_along_axis(x, chosen[:, None, :, None], axis=2)
-
-
-def _fill(working: Float[Array, "B K S E"], rows: Float[Array, "B K chosen E"]) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(working, rows, 0, axis=2)
 
 
 def _with_current(

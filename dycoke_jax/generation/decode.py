@@ -88,7 +88,7 @@ def decode_step(
             pruned = pruning.update(state.pruned, visual, index, ~state.done)
         late = []
         for number, cache in enumerate(pruned.caches, start=len(caches)):
-            slot = cache.keys.shape[2] - slots.generated + index
+            slot = cache.slots - slots.generated + index
             with jax.named_scope(f"layer_{number}"):
                 x, cache, _ = language.layers[number].decode(x, rope, cache, slot, pruned.visible)
             late.append(cache)

@@ -109,10 +109,7 @@ def start(
     """The state before the first token: caches with room for generated tokens, and pruning."""
     batch = valid.shape[0]
     length = valid.sum(1, dtype=jnp.int32)
-    caches = [
-        KV(*(jnp.pad(x, ((0, 0), (0, 0), (0, generated), (0, 0))) for x in cache))
-        for cache in caches
-    ]
+    caches = [cache.pad(generated) for cache in caches]
     valid = jnp.pad(valid, ((0, 0), (0, generated)))
     pruned = None
     if pruning is not None:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dycoke_jax.ops.matmul import matmul
+
 
 def parameter(*shape: int) -> nnx.Param[Array]:
     """A parameter of the given shape, float32; its values are never used (see the module)."""
@@ -25,7 +27,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         """Computes x @ weight.T + bias in the dtype of x, float32 in full precision."""
-        out = jnp.einsum("...k,nk->...n", x, self.weight[...].astype(x.dtype), precision="highest")
+        out = matmul(x, self.weight[...])
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 

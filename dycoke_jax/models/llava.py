@@ -15,6 +15,7 @@ from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.layers import Linear, parameter
 from dycoke_jax.models.qwen2 import Qwen2
 from dycoke_jax.models.siglip import SiglipVisionTower
+from dycoke_jax.ops.matmul import matmul
 from dycoke_jax.ops.pooling import pool
 
 Params = Mapping[str, Array]
@@ -40,10 +41,7 @@ class Llava(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Next-token logits in float32 of states after the final norm."""
         head = self.lm_head or self.language_model.embed_tokens
-        weight = head.weight[...].astype(x.dtype)
-        return jnp.einsum(
-            "...k,nk->...n", x, weight, precision="highest", preferred_element_type=jnp.float32
-        )
+        return matmul(x, head.weight[...], jnp.float32)
 
 
 class Projector(nnx.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dycoke_jax.cache import KV
 from dycoke_jax.config import TextConfig
 from dycoke_jax.models.layers import Linear, RMSNorm, parameter
-from dycoke_jax.ops.attention import append, attention, decode_attention
+from dycoke_jax.ops.attention import attention, decode_attention
 from dycoke_jax.ops.rope import rotate, rotations
 
 Rope = tuple[Float[Array, "B 1 T E"], Float[Array, "B 1 T E"]]
@@ -112,7 +112,7 @@ class Qwen2Layer(nnx.Module):
             The new state, the cache with the token in it, and the attention weights in float32.
         """
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
-        cache = KV(append(cache.keys, k, slot), append(cache.values, v, slot))
+        cache = cache.write(KV(k, v), slot)
         out, weights = decode_attention(q, cache.keys, cache.values, visible)
         x = x + self.self_attn.join_heads(out)
         return x + self.mlp(self.post_attention_layernorm(x)), cache, weights

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, UInt8
 from dycoke_jax.config import VisionConfig
 from dycoke_jax.models.layers import LayerNorm, Linear, parameter
 from dycoke_jax.ops.attention import attention
+from dycoke_jax.ops.matmul import matmul
 
 
 def normalise(frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C height width 3"]:
@@ -55,8 +56,10 @@ class PatchEmbedding(nnx.Module):
         grid, patch = self.grid, self.patch
         cut = pixels[:, : grid * patch, : grid * patch]
         patches = cut.reshape(-1, grid, patch, grid, patch, 3)
-        x = jnp.einsum("ChiwjX,DXij->ChwD", patches, self.weight[...], precision="highest")
-        return x.reshape(-1, grid * grid, x.shape[-1]) + self.bias[...]
+        # The values of a patch in the order of the convolution's weights: colour, row, column.
+        patches = patches.transpose(0, 1, 3, 5, 2, 4).reshape(-1, grid * grid, 3 * patch * patch)
+        weight = self.weight[...].reshape(-1, 3 * patch * patch)
+        return matmul(patches, weight) + self.bias[...]
 
 
 class PositionEmbedding(nnx.Module):

@@ -140,13 +140,6 @@ def decode_attention(
     return out.reshape(batch, heads, 1, width), weights.reshape(batch, heads, -1)
 
 
-def append(
-    cache: Float[Array, "B K S E"], new: Float[Array, "B K 1 E"], slot: Int[Array, ""]
-) -> Float[Array, "B K S E"]:
-    """Writes one token of every row at the same slot: one slice update in place, no scatter."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), slot, axis=2)
-
-
 def _softmax(scores: Float[Array, "..."], visible: Bool[Array, "..."]) -> Float[Array, "..."]:
     scores = jnp.where(visible, scores, _MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * visible
