@@ -21,7 +21,7 @@ from dycoke_jax.generation.prefill import prefill
 from dycoke_jax.generation.sampling import Sampling
 from dycoke_jax.generation.state import DecodeState, Limits
 from dycoke_jax.inputs.prompts import Prompt
-from dycoke_jax.models.llava import Params
+from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
 
 # The smallest bucket of each segment; larger buckets double. Few shapes mean few compilations.
@@ -143,8 +143,7 @@ class Generated:
 
 
 def run_batch(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     requests: Sequence[Request],
     compression: Compressor | None,
     stop_ids: Sequence[int],
@@ -159,8 +158,7 @@ def run_batch(
     rounding in half precision, where the shapes of a batch change the order of sums.
 
     Args:
-        config: the model.
-        params: its weights.
+        model: the model.
         requests: all with the same number of frames (0 for none).
         compression: method and settings, or None for the plain model.
         stop_ids: ids that end an answer, at most 8.
@@ -184,22 +182,21 @@ def run_batch(
     rows = bucket(len(requests), 1)
     text = _text(requests, rows)
     layout = plan(
-        config, frames, text.prefix.shape[1], text.question.shape[1], generated, compression
+        model.config, frames, text.prefix.shape[1], text.question.shape[1], generated, compression
     )
-    _check_lengths(config, requests, layout.slots.visual)
+    _check_lengths(model.config, requests, layout.slots.visual)
     sampling, limits = _sampling(requests, rows), _limits(requests, rows, stop_ids)
 
     started = time.perf_counter()
     features = None
     if frames:
-        features = _features(config, params, requests, rows, progress)
+        features = _features(model, requests, rows, progress)
         features.block_until_ready()
     encoded = time.perf_counter()
     if progress:
         progress("prefill", 0, 1)
     state = prefill(
-        config,
-        params,
+        model,
         features,
         text,
         sampling,
@@ -223,8 +220,7 @@ def run_batch(
         until = longest if stream_every is None else step + stream_every
         began = time.perf_counter()
         state = decode(
-            config,
-            params,
+            model,
             state,
             sampling,
             limits,
@@ -267,14 +263,13 @@ def _check_lengths(config: LlavaConfig, requests: Sequence[Request], visual: int
 
 
 def _features(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     requests: Sequence[Request],
     rows: int,
     progress: Progress | None,
 ) -> Float[Array, "B F N D"]:
     clips = [request.frames for request in requests if request.frames is not None]
-    return encode(config, params, clips, rows, progress)
+    return encode(model, clips, rows, progress)
 
 
 def _text(requests: Sequence[Request], rows: int) -> TextIds:

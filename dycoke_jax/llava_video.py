@@ -43,6 +43,7 @@ from dycoke_jax.inputs.prompts import (
     time_instruction,
 )
 from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
 from dycoke_jax.progress import Progress
 
@@ -97,8 +98,7 @@ class LlavaVideo:
     """A LLaVA-OneVision or LLaVA-Video model that answers questions about clips.
 
     Attributes:
-        config: sizes and layout.
-        params: weights by dotted path.
+        model: weights, sizes and layout, and the dtype of the computation.
         tokenizer: tokenizer of the checkpoint.
         stop_ids: token ids that end an answer.
         notes: remarks on the checkpoint, such as files in its folder that were not read.
@@ -107,20 +107,28 @@ class LlavaVideo:
 
     def __init__(
         self,
-        config: LlavaConfig,
-        params: Params,
+        model: Model,
         tokenizer: Tokenizer,
         extra_stop_ids: Sequence[int] = (),
         notes: Sequence[str] = (),
         chat_template: str | None = None,
     ) -> None:
-        self.config = config
-        self.params: Params = params
+        self.model = model
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids(tokenizer, extra_stop_ids)
         self.notes = tuple(notes)
         self.chat_template = chat_template or template_of(tokenizer)
-        check_vocabulary(tokenizer, config)
+        check_vocabulary(tokenizer, model.config)
+
+    @property
+    def config(self) -> LlavaConfig:
+        """Sizes and layout of the model."""
+        return self.model.config
+
+    @property
+    def params(self) -> Params:
+        """Weights of the model by dotted path."""
+        return self.model.params
 
     @classmethod
     def from_pretrained(
@@ -162,10 +170,8 @@ class LlavaVideo:
     ) -> "LlavaVideo":
         """Loads the weights of a checkpoint that is open already; see ``from_pretrained``."""
         _check_loading(dtype, progress)
-        params = checkpoint.load(dtype, progress)
         return cls(
-            checkpoint.config,
-            params,
+            checkpoint.load(dtype, progress),
             checkpoint.tokenizer,
             checkpoint.stop_ids,
             checkpoint.notes,
@@ -382,8 +388,7 @@ class LlavaVideo:
     ) -> Iterator[Piece]:
         texts = [_Text(self.tokenizer) for _ in group]
         updates = run_batch(
-            self.config,
-            self.params,
+            self.model,
             [prepared.request for prepared in group],
             compression,
             self.stop_ids,

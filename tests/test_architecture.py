@@ -26,6 +26,7 @@ FLOORS = (
     ("engine", "tasks"),
     ("generation",),
     ("checkpoint", "compression"),
+    ("model",),
     ("models", "assets"),
     ("ops", "inputs"),
     ("cache", "config", "files", "progress", "axes"),

@@ -1,6 +1,7 @@
 """LLaVA's training data: its ids and targets are those of LLaVA-NeXT, and faults are refused."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -211,10 +212,10 @@ def test_text_beside_clips_has_the_loss_of_transformers_without_a_clip(pair):
     text = Example(frames, ("2 + 2?",), ("Four.",), ((("And 3 + 3?", "Six."),),), has_clip=False)
     clip = Example(frames, ("What?",), ("Red.",))
     tokenizer = tiny_tokenizer()
-    score = jax.jit(score_answers, static_argnames="config")
+    score = jax.jit(score_answers)
 
     def loss(*examples):
-        scores = score(ours.config, ours.params, pack(tokenizer, examples, 160))
+        scores = score(ours.model, pack(tokenizer, examples, 160))
         return float(scores.loss), int(scores.tokens)
 
     messages = [("system", SYSTEM), ("user", "2 + 2?"), ("assistant", "Four.")]
@@ -237,7 +238,7 @@ def test_steps_of_text_alone_have_a_gradient_for_the_language_model_only(pair):
     @jax.jit
     @jax.grad
     def gradient(params):
-        return score_answers(ours.config, params, batch).loss
+        return score_answers(replace(ours.model, params=params), batch).loss
 
     for path, values in gradient(ours.params).items():
         assert np.isfinite(values).all(), path

@@ -16,6 +16,7 @@ from dycoke_jax.errors import CheckpointError, ConfigError, RequestError, VideoE
 from dycoke_jax.generation.encode import encode
 from dycoke_jax.generation.prefill import prefill
 from dycoke_jax.inputs.prompts import build_prompt
+from dycoke_jax.model import Model
 
 QUESTIONS = [
     "What?",
@@ -206,7 +207,7 @@ def test_mixed_stream_compiles_nothing_after_warm_up(model, compilations):
     ]
     for settings in variants:
         assert run(3, **settings) == warm
-    stopping = LlavaVideo(model.config, model.params, model.tokenizer)
+    stopping = LlavaVideo(model.model, model.tokenizer)
     stopping.stop_ids = (1, 2, 3)
     stopping.generate([video(9, 8)], ["So?"], compression=method, max_new_tokens=30)
     assert compilations() == warm
@@ -228,7 +229,7 @@ def test_the_whole_path_equals_the_text_of_the_paper(model):
     clips = [video(seed, 7, 0.5) for seed in range(2)]
     settings = {"k": 0.6, "layer": 2, "p": 0.7}
     answers = model.generate(clips, QUESTIONS[:2], compression=DyCoke(**settings), max_new_tokens=9)
-    features = np.asarray(encode(model.config, model.params, clips, 2))
+    features = np.asarray(encode(model.model, clips, 2))
     table = np.asarray(model.params["language_model.embed_tokens.weight"])
     newline = np.asarray(model.params["image_newline"])[None]
     for clip, question, answer in zip(features, QUESTIONS, answers, strict=False):
@@ -249,7 +250,7 @@ def test_the_whole_path_equals_the_text_of_the_paper(model):
 def test_stop_tokens_end_a_row_alone(model):
     videos, prompts = [video(s, 8) for s in range(3)], QUESTIONS
     free = model.generate(videos, prompts, compression=None, max_new_tokens=20)
-    stopping = LlavaVideo(model.config, model.params, model.tokenizer)
+    stopping = LlavaVideo(model.model, model.tokenizer)
     # A token that the first row says early, and another row not at that place.
     stop = free[0].token_ids[4]
     stopping.stop_ids = (stop,)
@@ -378,14 +379,14 @@ def test_bfloat16_weights_give_bfloat16_caches(model):
     """Half-width weights must not silently widen what is kept and moved."""
     from dycoke_jax.generation.assemble import TextIds
     from dycoke_jax.generation.prefill import no_visual, read_prompt
-    from dycoke_jax.models.llava import bind
 
-    half = {name: weight.astype(jnp.bfloat16) for name, weight in model.params.items()}
+    weights = {name: weight.astype(jnp.bfloat16) for name, weight in model.params.items()}
+    half = Model(weights, model.config, "bfloat16")
     ids, length = jnp.zeros((1, 4), jnp.int32), jnp.array([4])
     text = TextIds(ids, length, ids, length)
-    x, caches, _, _ = read_prompt(bind(model.config, half), no_visual(model.config, 1), text)
+    x, caches, _, _ = read_prompt(half.bind(), no_visual(model.config, 1), text)
     assert {a.dtype for cache in caches for a in cache} | {x.dtype} == {jnp.dtype(jnp.bfloat16)}
-    low = LlavaVideo(model.config, half, model.tokenizer)
+    low = LlavaVideo(half, model.tokenizer)
     low.stop_ids = ()
     answer = low.generate([video(0, 8)], ["?"], compression=DyCoke(layer=2), max_new_tokens=5)[0]
     assert answer.tokens.attended == (16,) * 4
@@ -417,4 +418,4 @@ def test_a_bad_clip_ends_the_run_without_reading_the_others(model, tmp_path):
 def test_tokenizer_of_another_model_is_refused(model):
     small = replace(model.config, text=replace(model.config.text, vocab_size=200))
     with pytest.raises(CheckpointError, match="ids up to 260"):
-        LlavaVideo(small, model.params, model.tokenizer)
+        LlavaVideo(Model(model.params, small), model.tokenizer)

@@ -39,7 +39,7 @@ def test_tokens_are_told_apart_from_newlines(newline):
     """Which tokens stay is the same in every layout, however newlines lie among them."""
     model, clip = tiny_model(newline), video(1, 6)
     trace = trace_answer(model, clip, "?", compression=DyCoke(layer=2), max_new_tokens=3)
-    features = np.asarray(encode(model.config, model.params, [clip], 1))[0]
+    features = np.asarray(encode(model.model, [clip], 1))[0]
     assert np.flatnonzero(trace.kept).tolist() == paper_merge(features, 0.7).tolist()
     assert trace.attended.shape == (2, 6, 16)
 

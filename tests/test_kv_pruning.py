@@ -21,27 +21,26 @@ from dycoke_jax.generation.assemble import TextIds, Visual
 from dycoke_jax.generation.decode import decode_step
 from dycoke_jax.generation.prefill import last_attention, read_prompt, start
 from dycoke_jax.generation.state import Limits, take_token
-from dycoke_jax.models.llava import bind, random_params
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import random_params
 
 PREFIX, QUESTION = 6, 9
 """Text slots of a prompt. Rows fill some of them; one size for all tests saves compilations."""
 NO_VISION = VisionConfig(8, 8, 1, 1, patch_size=14, image_size=56)
 step = jax.jit(
-    lambda config, params, state, pruning, slots: decode_step(
-        bind(config, params), state, pruning, slots
-    ),
-    static_argnums=(0, 3, 4),
+    lambda model, state, pruning, slots: decode_step(model.bind(), state, pruning, slots),
+    static_argnums=(2, 3),
 )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "pruning", "generated"))
-def read(config, params, visual, text, pruning, generated):
+@functools.partial(jax.jit, static_argnames=("pruning", "generated"))
+def read(model, visual, text, pruning, generated):
     """The state before the first token, of prompts that may have empty slots."""
-    model = bind(config, params)
-    prompt = read_prompt(model, visual, text)
+    network = model.bind()
+    prompt = read_prompt(network, visual, text)
     slots = slice(text.prefix.shape[1], text.prefix.shape[1] + visual.valid.shape[1])
     last = slots.stop + text.question_length - 1
-    scores = last_attention(model, prompt, pruning.layer - 1, last)[:, :, slots].mean(1)
+    scores = last_attention(network, prompt, pruning.layer - 1, last)[:, :, slots].mean(1)
     rows = text.prefix.shape[0]
     return start(
         prompt.caches, prompt.valid, visual, None, scores, limits(rows), pruning, generated
@@ -83,11 +82,12 @@ def test_official_equals_the_authors_code(golden, case):
 
     embeds = jnp.asarray(data["inputs_embeds"])[None]
     everything = jnp.ones((1, prompt), bool)
-    model = bind(config, params)
-    x, caches, _ = jax.jit(model.language_model.prefill)(
+    model = Model(params, config)
+    network = model.bind()
+    x, caches, _ = jax.jit(network.language_model.prefill)(
         embeds, jnp.arange(prompt)[None], everything
     )
-    np.testing.assert_allclose(model.logits(x)[0, -4:], data["prefill_logits"], atol=1e-3)
+    np.testing.assert_allclose(network.logits(x)[0, -4:], data["prefill_logits"], atol=1e-3)
     all_visual = jnp.ones((1, visual), bool)
     segment = Visual(embeds[:, slots.visual_range], all_visual, all_visual)
     state = start(
@@ -96,7 +96,7 @@ def test_official_equals_the_authors_code(golden, case):
     kept = np.split(data["kept_indices"], np.cumsum(data["kept_lengths"])[:-1])
     for index in range(steps):
         state = take_token(state, jnp.array([int(data["fed_tokens"][index])]), limits(1))
-        logits, state = step(config, params, state, pruning, slots)
+        logits, state = step(model, state, pruning, slots)
         np.testing.assert_allclose(logits[0], data["step_logits"][index + 1], atol=1e-3)
         np.testing.assert_allclose(state.pruned.similarity, data["similarity"][index], atol=1e-4)
         assert bool(state.pruned.refreshed[0]) == bool(data["refreshed"][index])
@@ -108,10 +108,11 @@ def random_model(seed, layers=4, scale=8.0):
     text = TextConfig(64, 32, 48, layers, 4, 2, 8, tie_word_embeddings=True)
     config = LlavaConfig(NO_VISION, text)
     params = random_params(config, seed)
-    return config, {n: w * scale if w.ndim == 2 else w for n, w in params.items()}
+    scaled = {n: w * scale if w.ndim == 2 else w for n, w in params.items()}
+    return Model(scaled, config)
 
 
-def ragged_prompts(config, params, seed, lengths, visual):
+def ragged_prompts(model, seed, lengths, visual):
     """Rows (prefix, question) of different lengths around ``visual`` random visual embeddings."""
     rng = np.random.default_rng(seed)
     rows = len(lengths)
@@ -121,9 +122,9 @@ def ragged_prompts(config, params, seed, lengths, visual):
         rng.integers(0, 64, (rows, QUESTION)),
         np.array([question for _, question in lengths]),
     )
-    embeds = rng.normal(size=(rows, visual, config.text.hidden_size)).astype(np.float32)
+    embeds = rng.normal(size=(rows, visual, model.config.text.hidden_size)).astype(np.float32)
     all_visual = jnp.ones((rows, visual), bool)
-    table = np.asarray(params["language_model.embed_tokens.weight"])
+    table = np.asarray(model.params["language_model.embed_tokens.weight"])
     alone = [
         np.concatenate([table[text.prefix[row, :p]], embeds[row], table[text.question[row, :q]]])
         for row, (p, q) in enumerate(lengths)
@@ -133,13 +134,13 @@ def ragged_prompts(config, params, seed, lengths, visual):
     return text, Visual(jnp.asarray(embeds), all_visual, all_visual), slots, alone
 
 
-def run_steps(config, params, text, visual, slots, pruning, fed):
+def run_steps(model, text, visual, slots, pruning, fed):
     """Logits [steps, B, L], refreshed [steps, B] and the states of feeding given tokens."""
-    state, rows = read(config, params, visual, text, pruning, slots.generated), len(text.prefix)
+    state, rows = read(model, visual, text, pruning, slots.generated), len(text.prefix)
     logits, refreshed, states = [], [], []
     for tokens in fed:
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(rows))
-        out, state = step(config, params, state, pruning, slots)
+        out, state = step(model, state, pruning, slots)
         logits.append(np.asarray(out))
         refreshed.append(np.asarray(state.pruned.refreshed))
         states.append(state)
@@ -155,13 +156,13 @@ def run_steps(config, params, text, visual, slots, pruning, fed):
     p=st.sampled_from([0.3, 0.5, 0.7, 0.9]),
 )
 def test_paper_equals_the_text_of_the_paper(seed, visual, lengths, layer, p):
-    config, params = random_model(seed % 5)
-    text, segment, slots, alone = ragged_prompts(config, params, seed, lengths, visual)
+    model = random_model(seed % 5)
+    text, segment, slots, alone = ragged_prompts(model, seed, lengths, visual)
     pruning = DyCoke(layer=layer, p=p).decode_pruning(slots, visual)
     assert isinstance(pruning, WorkingSet)
     fed = np.random.default_rng(seed).integers(0, 64, (6, len(lengths)))
-    logits, refreshed, states = run_steps(config, params, text, segment, slots, pruning, fed)
-    plain = Qwen2(config.text, params)
+    logits, refreshed, states = run_steps(model, text, segment, slots, pruning, fed)
+    plain = Qwen2(model.config.text, model.params)
     for row, (prefix, _) in enumerate(lengths):
         candidates = list(range(prefix, prefix + visual))
         wanted, kept, refreshes = plain.generate(
@@ -184,14 +185,14 @@ def test_paper_equals_the_text_of_the_paper(seed, visual, lengths, layer, p):
     p=st.sampled_from([0.3, 0.7]),
 )
 def test_dropping_lets_the_last_token_of_the_prompt_choose_once(seed, visual, lengths, layer, p):
-    config, params = random_model(seed % 5)
-    text, segment, slots, alone = ragged_prompts(config, params, seed, lengths, visual)
+    model = random_model(seed % 5)
+    text, segment, slots, alone = ragged_prompts(model, seed, lengths, visual)
     pruning = DyCoke(layer=layer, p=p, parked="drop").decode_pruning(slots, visual)
     assert isinstance(pruning, OneShot)
     fed = np.random.default_rng(seed).integers(0, 64, (4, len(lengths)))
-    logits, refreshed, states = run_steps(config, params, text, segment, slots, pruning, fed)
+    logits, refreshed, states = run_steps(model, text, segment, slots, pruning, fed)
     assert not refreshed.any()
-    plain = Qwen2(config.text, params)
+    plain = Qwen2(model.config.text, model.params)
     for row, (prefix, _) in enumerate(lengths):
         candidates = list(range(prefix, prefix + visual))
         wanted, kept, _ = plain.generate(
@@ -207,35 +208,37 @@ def test_dropping_lets_the_last_token_of_the_prompt_choose_once(seed, visual, le
 
 def test_dropping_holds_no_second_copy_of_the_visual_cache():
     """Counted in bytes: later layers hold the chosen slots and the text, nothing beside."""
-    config, params = random_model(1)
-    text, segment, slots, _ = ragged_prompts(config, params, 7, [(3, 5)], 20)
+    model = random_model(1)
+    text, segment, slots, _ = ragged_prompts(model, 7, [(3, 5)], 20)
     sizes = {}
     for parked in ("device", "drop"):
         pruning = DyCoke(layer=2, p=0.6, parked=parked).decode_pruning(slots, 20)
-        state = run_steps(config, params, text, segment, slots, pruning, [[1]])[2][0]
+        state = run_steps(model, text, segment, slots, pruning, [[1]])[2][0]
         sizes[parked] = sum(x.nbytes for x in jax.tree.leaves(state.pruned) if x.ndim == 4)
-    slot = 2 * 2 * config.text.num_kv_heads * config.text.head_dim * 4  # two layers, keys, values
+    slot = (
+        2 * 2 * model.config.text.num_kv_heads * model.config.text.head_dim * 4
+    )  # two layers, keys, values
     assert sizes["drop"] == slot * (8 + slots.prefix + slots.question + slots.generated)
     assert sizes["device"] == sizes["drop"] + slot * 20
 
 
 def test_working_set_equals_a_masked_full_cache():
     """The compact buffers hold exactly what hiding the other slots of the full cache shows."""
-    config, params = random_model(1)
+    model = random_model(1)
     lengths = [(3, 5), (6, 2), (1, 9)]
-    text, segment, slots, _ = ragged_prompts(config, params, 7, lengths, 20)
+    text, segment, slots, _ = ragged_prompts(model, 7, lengths, 20)
     compact = DyCoke(layer=2, p=0.6).decode_pruning(slots, 20)
     fed = np.random.default_rng(0).integers(0, 64, (12, 3))
-    logits, refreshed, states = run_steps(config, params, text, segment, slots, compact, fed)
+    logits, refreshed, states = run_steps(model, text, segment, slots, compact, fed)
     assert refreshed[0].all()
     assert 0 < refreshed[1:].mean() < 1, "the case must hold steps of both kinds"
 
     # The same choices on a full cache, where a mask hides what was not chosen.
     masked = ReplayedMask(2, slots, np.stack([s.pruned.chosen for s in states]))
-    state = read(config, params, segment, text, masked, slots.generated)
+    state = read(model, segment, text, masked, slots.generated)
     for index, tokens in enumerate(fed):
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(3))
-        out, state = step(config, params, state, masked, slots)
+        out, state = step(model, state, masked, slots)
         np.testing.assert_allclose(out, logits[index], atol=1e-4)
 
 
@@ -263,18 +266,17 @@ class ReplayedMask:
 @pytest.mark.parametrize("mode", ["paper", "official"])
 def test_rows_of_a_batch_do_not_mix(mode):
     """Each row has its own scores, gate and state, whatever the others do."""
-    config, params = random_model(2)
+    model = random_model(2)
     lengths = [(2, 4), (5, 7), (3, 1)]
-    text, segment, slots, _ = ragged_prompts(config, params, 3, lengths, 15)
+    text, segment, slots, _ = ragged_prompts(model, 3, lengths, 15)
     pruning = DyCoke(layer=2, p=0.7, mode=mode).decode_pruning(slots, 15)
     fed = np.random.default_rng(4).integers(0, 64, (12, 3))
-    logits, refreshed, _ = run_steps(config, params, text, segment, slots, pruning, fed)
+    logits, refreshed, _ = run_steps(model, text, segment, slots, pruning, fed)
     assert (refreshed.any(1) & ~refreshed.all(1)).any(), "rows must differ in when they refresh"
     for row in range(3):
         one = slice(row, row + 1)
         alone = run_steps(
-            config,
-            params,
+            model,
             TextIds(*(array[one] for array in text)),
             Visual(*(array[one] for array in segment)),
             slots,
@@ -287,8 +289,8 @@ def test_rows_of_a_batch_do_not_mix(mode):
 
 def test_newlines_stay_and_do_not_compete():
     """Protected slots are attended to besides the kept ones, and empty ones stay hidden."""
-    config, params = random_model(3)
-    text, segment, slots, _ = ragged_prompts(config, params, 5, [(4, 4)], 12)
+    model = random_model(3)
+    text, segment, slots, _ = ragged_prompts(model, 5, [(4, 4)], 12)
     newline = np.zeros((1, 12), bool)
     newline[0, [3, 7, 11]] = True
     gone = np.zeros((1, 12), bool)
@@ -296,7 +298,7 @@ def test_newlines_stay_and_do_not_compete():
     segment = segment._replace(valid=jnp.asarray(~gone), is_visual=jnp.asarray(~newline))
     pruning = DyCoke(layer=2, p=0.5).decode_pruning(slots, 9)
     assert (pruning.kept, pruning.protected) == (4, 3)
-    _, _, states = run_steps(config, params, text, segment, slots, pruning, [[1]])
+    _, _, states = run_steps(model, text, segment, slots, pruning, [[1]])
     pruned = states[0].pruned
     assert set(np.flatnonzero(newline)) <= set(pruned.chosen[0].tolist())
     assert int(pruned.attended[0]) == 4

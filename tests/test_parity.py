@@ -17,7 +17,7 @@ from dycoke_jax.generation.assemble import TextIds, place_newlines
 from dycoke_jax.generation.encode import encode
 from dycoke_jax.generation.prefill import no_visual, read_prompt
 from dycoke_jax.inputs.prompts import build_prompt
-from dycoke_jax.models.llava import bind
+from dycoke_jax.model import Model
 from dycoke_jax.models.qwen2 import positions_of
 
 TOLERANCE = 1e-4
@@ -63,7 +63,7 @@ def test_vision_tower_block_by_block(pair, frames):
         states = reference.model.vision_tower(
             to_torch(frames), output_hidden_states=True
         ).hidden_states
-    tower = bind(ours.config, ours.params).vision_tower
+    tower = ours.model.bind().vision_tower
     assert len(states) == len(tower.layers) + 1
     for index, layer in enumerate(tower.layers):
         out = layer(jnp.asarray(states[index].numpy()))
@@ -78,7 +78,7 @@ def test_projector_pooling_and_newline(pair, frames):
             to_torch(frames)[None], vision_feature_layer=-1, vision_feature_select_strategy="full"
         )
     wanted = wanted.pooler_output.reshape(-1, ours.config.text.hidden_size)
-    features = encode(ours.config, ours.params, [frames], 1)
+    features = encode(ours.model, [frames], 1)
     newline = ours.params["image_newline"]
     visual = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
     np.testing.assert_allclose(visual.embeds[0], wanted, atol=TOLERANCE, rtol=0)
@@ -108,7 +108,7 @@ def test_language_model_block_by_block(pair):
     ids = torch.tensor([prompt_of(ours, False).after])
     with torch.no_grad():
         states = reference(input_ids=ids, output_hidden_states=True).hidden_states
-    language = bind(ours.config, ours.params).language_model
+    language = ours.model.bind().language_model
     valid = jnp.ones(ids.shape, bool)
     rope = language.rope(positions_of(valid))
     for index, layer in enumerate(language.layers):
@@ -127,16 +127,16 @@ def test_logits_at_every_position(pair, frames, has_video):
     with torch.no_grad():
         wanted = reference(input_ids=hf_ids(prompt, visual), **video).logits[0].numpy()
 
-    model = bind(ours.config, ours.params)
+    model = ours.model.bind()
     text = text_of(prompt, padding=3)  # empty slots between the segments must change nothing
     segment = no_visual(ours.config, 1)
     if has_video:
-        features = encode(ours.config, ours.params, [frames], 1)
+        features = encode(ours.model, [frames], 1)
         newline = model.image_newline[...]
         segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
-    x, _, valid, _ = jax.jit(
-        lambda params, segment, text: read_prompt(bind(ours.config, params), segment, text)
-    )(ours.params, segment, text)
+    x, _, valid, _ = jax.jit(lambda model, segment, text: read_prompt(model.bind(), segment, text))(
+        ours.model, segment, text
+    )
     logits = np.asarray(model.logits(x))[0][np.asarray(valid[0])]
     assert logits.shape == wanted.shape
     np.testing.assert_allclose(logits, wanted, atol=TOLERANCE, rtol=0)
@@ -159,7 +159,7 @@ def test_greedy_ids(pair, frames, has_video):
             pad_token_id=0,
             **video,
         )[0, ids.shape[1] :].tolist()
-    ours = LlavaVideo(ours.config, ours.params, ours.tokenizer)
+    ours = LlavaVideo(ours.model, ours.tokenizer)
     ours.stop_ids = ()
     answer = ours.generate(
         [frames if has_video else None],
@@ -183,9 +183,10 @@ def test_bfloat16_is_as_close_to_float32_as_torch_is(pair, frames):
         rough = copy.deepcopy(reference).to(torch.bfloat16)
         theirs = rough(input_ids=ids, pixel_values_videos=pixels.bfloat16()).logits[0, -1].float()
     half = {name: weight.astype(jnp.bfloat16) for name, weight in ours.params.items()}
-    model = bind(ours.config, half)
+    low = Model(half, ours.config, "bfloat16")
+    model = low.bind()
     text = text_of(prompt)
-    features = encode(ours.config, half, [frames], 1)
+    features = encode(low, [frames], 1)
     newline = half["image_newline"]
     segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
     x = read_prompt(model, segment, text).states

@@ -9,7 +9,8 @@ from support.tokenizers import tiny_tokenizer
 from dycoke_jax import DycokeError
 from dycoke_jax.checkpoint.tokenizer import load_tokenizer
 from dycoke_jax.config import TINY
-from dycoke_jax.models.llava import bind, random_params
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import random_params
 from dycoke_jax.models.qwen2 import positions_of
 from dycoke_jax.recipes.tiny.alignment import align
 from dycoke_jax.recipes.tiny.attention_distillation import (
@@ -114,7 +115,12 @@ def test_probe_loss_trains_probes_and_lower_layers_only(tokenizer, dropping):
     def score(params, auxiliary):
         key = jax.random.key(0)
         return score_answers(
-            TINY, params, batch, dropping=dropping, key=key, auxiliary=auxiliary, targets=targets
+            Model(params, TINY),
+            batch,
+            dropping=dropping,
+            key=key,
+            auxiliary=auxiliary,
+            targets=targets,
         )
 
     gradient = jax.jit(jax.grad(lambda params: score(params, (ProbeLoss(),)).auxiliary))(params)
@@ -139,14 +145,14 @@ def packed(tokenizer):
 def test_visual_attention_equals_that_of_decode_steps(tokenizer):
     """Each query has the weights of a decode step on the same cache, averaged over heads."""
     params, _ = packed(tokenizer)
-    layer = bind(TINY, params).language_model.layers[1]
+    layer = Model(params, TINY).bind().language_model.layers[1]
     random = np.random.default_rng(0)
     length, visual = 40, slice(5, 22)
     x = jnp.asarray(random.standard_normal((2, length, TINY.text.hidden_size)), jnp.float32)
     valid = jnp.asarray(random.random((2, length)) < 0.8).at[:, 0].set(True)
     parts = jnp.asarray(np.where(np.arange(length) < visual.stop, 0, 1 + np.arange(length) % 2))
     parts = jnp.broadcast_to(parts, (2, length))
-    rope = bind(TINY, params).language_model.rope(positions_of(valid))
+    rope = Model(params, TINY).bind().language_model.rope(positions_of(valid))
     got = visual_attention(layer, x, rope, valid, parts, visual)
     _, cache = layer.prefill(x, rope, valid, parts)
     for query in range(visual.stop, length):
@@ -183,7 +189,7 @@ def test_distillation_trains_the_scoring_layer(tokenizer):
     auxiliary = (AttentionDistillation(3),)
 
     def loss_of(params):
-        return score_answers(TINY, params, batch, auxiliary=auxiliary).auxiliary
+        return score_answers(Model(params, TINY), batch, auxiliary=auxiliary).auxiliary
 
     both = jax.jit(jax.value_and_grad(loss_of))
     first, gradient = both(params)

@@ -32,13 +32,10 @@ def example(seed=0, questions=QUESTIONS, answers=ANSWERS, frames=5):
 def test_questions_that_share_a_row_do_not_attend_to_each_other(newline):
     """A packed row has the same loss and right answers as its questions in rows of their own."""
     model = tiny_model(newline=newline)
-    together = score_answers(
-        model.config, model.params, pack(TOKENIZER, [example(), example(1)], 200)
-    )
+    together = score_answers(model.model, pack(TOKENIZER, [example(), example(1)], 200))
     alone = [
         score_answers(
-            model.config,
-            model.params,
+            model.model,
             pack(TOKENIZER, [example(seed, (question,), (answer,))], 80),
         )
         for seed in (0, 1)
@@ -69,10 +66,10 @@ def test_an_answer_is_right_if_greedy_decoding_generates_it(k):
     is_answer[0, place] = True
     dropping = None if k is None else TokenDropping(k)
     right = batch._replace(ids=jnp.asarray(ids), is_answer=jnp.asarray(is_answer))
-    assert bool(score_answers(model.config, model.params, right, dropping=dropping).right[0, 0])
+    assert bool(score_answers(model.model, right, dropping=dropping).right[0, 0])
     ids[0, place[-1]] = (ids[0, place[-1]] + 1) % 256
     wrong = right._replace(ids=jnp.asarray(ids))
-    assert not bool(score_answers(model.config, model.params, wrong, dropping=dropping).right[0, 0])
+    assert not bool(score_answers(model.model, wrong, dropping=dropping).right[0, 0])
 
 
 def test_random_dropping_depends_on_its_key_alone():
@@ -81,8 +78,7 @@ def test_random_dropping_depends_on_its_key_alone():
     losses = [
         float(
             score_answers(
-                model.config,
-                model.params,
+                model.model,
                 batch,
                 dropping=TokenDropping(0.7, at_random=True),
                 key=jax.random.key(seed),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from os import PathLike
 
-import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dycoke_jax.checkpoint.end_ids import read_end_ids
@@ -14,6 +14,7 @@ from dycoke_jax.checkpoint.tokenizer import load_tokenizer
 from dycoke_jax.config import LlavaConfig, PoolMode
 from dycoke_jax.errors import CheckpointError
 from dycoke_jax.inputs.prompts import Tokenizer, stop_ids
+from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
 
 
@@ -39,16 +40,18 @@ class Checkpoint:
         """The model's configuration."""
         return self.folder.config
 
-    def load(
-        self, dtype: DTypeLike | None = None, progress: Progress | None = None
-    ) -> dict[str, jax.Array]:
-        """Loads the weights onto JAX's default device, as ``load_params`` does.
+    def load(self, dtype: DTypeLike | None = None, progress: Progress | None = None) -> Model:
+        """Loads the model onto JAX's default device, as ``load_params`` does.
 
         Args:
-            dtype: float32, float16 or bfloat16; None leaves each tensor in its stored dtype.
+            dtype: float32, float16 or bfloat16, of weights and computation. None leaves each tensor
+                in its stored dtype, and computes in that of the token embedding.
             progress: called after each tensor; counts bytes as stored.
         """
-        return load_params(self.folder, dtype, progress)
+        params = load_params(self.folder, dtype, progress)
+        # The only place where a dtype is read off a weight: nothing else says what was stored.
+        stored = params["language_model.embed_tokens.weight"].dtype
+        return Model(params, self.config, jnp.dtype(dtype or stored).name)
 
 
 def open_checkpoint(

@@ -8,17 +8,16 @@ from jaxtyping import Array, Float, Int
 
 from dycoke_jax.cache import Slots
 from dycoke_jax.compression.protocol import DecodePruning
-from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
-from dycoke_jax.models.llava import Llava, Params, bind
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import Llava
 
 
 # The state is donated, so that the caches are updated in place instead of being copied.
-@jax.jit(static_argnames=("config", "pruning", "slots"), donate_argnames="state")
+@jax.jit(static_argnames=("pruning", "slots"), donate_argnames="state")
 def decode(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     state: DecodeState,
     sampling: Sampling,
     limits: Limits,
@@ -30,8 +29,7 @@ def decode(
     """Generates until every row is done or has ``until`` tokens.
 
     Args:
-        config: the model (static).
-        params: its weights.
+        model: the model.
         state: result of ``prefill`` or of an earlier call; donated.
         sampling: as given to ``prefill``.
         limits: as given to ``prefill``.
@@ -40,21 +38,21 @@ def decode(
         pruning: as given to ``prefill`` (static).
         slots: the layout of the cache (static).
     """
-    model = bind(config, params)
+    network = model.bind()
     until = jnp.minimum(until, slots.generated)
 
     def more(state: DecodeState) -> Array:
         return (state.step < until) & ~state.done.all()
 
     def body(state: DecodeState) -> DecodeState:
-        logits, state = decode_step(model, state, pruning, slots)
+        logits, state = decode_step(network, state, pruning, slots)
         return take_token(state, sample(logits, sampling, state.step), limits)
 
     return jax.lax.while_loop(more, body, state)
 
 
 def decode_step(
-    model: Llava, state: DecodeState, pruning: DecodePruning | None, slots: Slots
+    network: Llava, state: DecodeState, pruning: DecodePruning | None, slots: Slots
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """One decode step: reads ``state.token`` of each row into the caches.
 
@@ -65,7 +63,7 @@ def decode_step(
     Returns:
         The logits of the token that follows, float32, and the new state.
     """
-    language = model.language_model
+    language = network.language_model
     index = state.step - 1  # of the token being read, among the generated ones
     x = language.embed_tokens(state.token[:, None])
     rope = language.rope((state.length + index)[:, None])
@@ -93,7 +91,7 @@ def decode_step(
                 x, cache, _ = language.layers[number].decode(x, rope, cache, slot, pruned.visible)
             late.append(cache)
         state = _record(replace(state, pruned=replace(pruned, caches=late)))
-    return model.logits(language.norm(x)[:, 0]), state
+    return network.logits(language.norm(x)[:, 0]), state
 
 
 def _record(state: DecodeState) -> DecodeState:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from dycoke_jax.config import LlavaConfig
-from dycoke_jax.models.llava import Params, bind
+from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
 
 MAX_CHUNK = 8
@@ -16,8 +15,7 @@ MAX_CHUNK = 8
 
 
 def encode(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     clips: Sequence[UInt8[np.ndarray, "F height width 3"]],
     rows: int,
     progress: Progress | None = None,
@@ -28,8 +26,7 @@ def encode(
     ``rows`` and F only, and no frame is encoded for an empty row of the batch.
 
     Args:
-        config: the model.
-        params: its weights.
+        model: the model.
         clips: at most ``rows`` clips of F frames each, resized to the tower's input.
         rows: rows of the batch (B); those without a clip are filled with zeros.
         progress: called with the frames encoded after each chunk.
@@ -37,35 +34,33 @@ def encode(
     frames = np.concatenate(clips)
     per_clip = len(clips[0])
     chunk = min(MAX_CHUNK, 1 << (rows * per_clip - 1).bit_length())
-    tokens = _empty(config, params, -(-rows * per_clip // chunk) * chunk)
+    tokens = _empty(model, -(-rows * per_clip // chunk) * chunk)
     for start in range(0, len(frames), chunk):
         part = frames[start : start + chunk]
         filled = np.pad(part, [(0, chunk - len(part)), (0, 0), (0, 0), (0, 0)])
-        tokens = _encode_chunk(config, params, tokens, filled, np.int32(start))
+        tokens = _encode_chunk(model, tokens, filled, np.int32(start))
         if progress is not None:
             tokens.block_until_ready()
             progress("encoding frames", start + len(part), len(frames))
     return _unfold(tokens, np.int32(len(frames)), rows, per_clip)
 
 
-@jax.jit(static_argnames=("config", "frames"))
-def _empty(config: LlavaConfig, params: Params, frames: int) -> Float[Array, "frames N D"]:
-    width = config.text.hidden_size
-    dtype = params["projector.linear_2.weight"].dtype
-    return jnp.zeros((frames, config.tokens_per_frame, width), dtype)
+@jax.jit(static_argnames="frames")
+def _empty(model: Model, frames: int) -> Float[Array, "frames N D"]:
+    config = model.config
+    return jnp.zeros((frames, config.tokens_per_frame, config.text.hidden_size), model.dtype)
 
 
 # The array is donated, so that every chunk is written in place.
-@jax.jit(static_argnames="config", donate_argnames="tokens")
+@jax.jit(donate_argnames="tokens")
 def _encode_chunk(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     tokens: Float[Array, "frames N D"],
     frames: UInt8[Array, "C height width 3"],
     start: Int[Array, ""],
 ) -> Float[Array, "frames N D"]:
-    encoded = bind(config, params).encode(frames)
-    return jax.lax.dynamic_update_slice_in_dim(tokens, encoded.astype(tokens.dtype), start, axis=0)
+    encoded = model.bind().encode(frames)
+    return jax.lax.dynamic_update_slice_in_dim(tokens, encoded, start, axis=0)
 
 
 @jax.jit(static_argnames=("rows", "per_clip"))

@@ -12,14 +12,14 @@ from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.assemble import TextIds, Visual, place_newlines, text_valid
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
-from dycoke_jax.models.llava import Llava, Params, bind
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import Llava
 from dycoke_jax.models.qwen2 import positions_of
 
 
-@jax.jit(static_argnames=("config", "compression", "pruning", "generated"))
+@jax.jit(static_argnames=("compression", "pruning", "generated"))
 def prefill(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     features: Float[Array, "B F N D"] | None,
     text: TextIds,
     sampling: Sampling,
@@ -32,8 +32,7 @@ def prefill(
     """Runs the language model over B prompts and samples their first tokens, in one call.
 
     Args:
-        config: the model (static).
-        params: its weights.
+        model: the model.
         features: pooled visual tokens of one clip a row, or None for prompts without video.
         text: token ids before and after the clip.
         sampling: how each row samples its tokens.
@@ -42,20 +41,20 @@ def prefill(
         pruning: second stage of the compression for this layout (static), see ``layout.plan``.
         generated: number of slots for generated tokens (static).
     """
-    model = bind(config, params)
+    network, config = model.bind(), model.config
     kept = None
     if features is None:
         visual = no_visual(config, text.question.shape[0])
     else:
         kept = None if compression is None else compression.select(features)
-        newline = model.image_newline[...]
+        newline = network.image_newline[...]
         visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
-    read = read_prompt(model, visual, text)
+    read = read_prompt(network, visual, text)
     last = read.valid.shape[1] - text.question.shape[1] + text.question_length - 1
-    logits = model.logits(jnp.take_along_axis(read.states, last[:, None, None], axis=1)[:, 0])
+    logits = network.logits(jnp.take_along_axis(read.states, last[:, None, None], axis=1)[:, 0])
     scores = None
     if pruning is not None:
-        attended = last_attention(model, read, pruning.layer - 1, last)
+        attended = last_attention(network, read, pruning.layer - 1, last)
         first = text.prefix.shape[1]
         scores = attended[:, :, first : first + visual.valid.shape[1]].mean(1)
     state = start(read.caches, read.valid, visual, kept, scores, limits, pruning, generated)
@@ -74,22 +73,22 @@ class PromptRead(NamedTuple):
     """Input of each layer; the compiler drops those that nothing reads."""
 
 
-def read_prompt(model: Llava, visual: Visual, text: TextIds) -> PromptRead:
+def read_prompt(network: Llava, visual: Visual, text: TextIds) -> PromptRead:
     """Runs the language model over all slots of the prompts."""
-    embed = model.language_model.embed_tokens
+    embed = network.language_model.embed_tokens
     prefix, question = embed(text.prefix), embed(text.question)
     x = jnp.concatenate([prefix, visual.embeds.astype(prefix.dtype), question], axis=1)
     prefix_valid, question_valid = text_valid(text)
     valid = jnp.concatenate([prefix_valid, visual.valid, question_valid], axis=1)
-    x, caches, inputs = model.language_model.prefill(x, positions_of(valid), valid)
+    x, caches, inputs = network.language_model.prefill(x, positions_of(valid), valid)
     return PromptRead(x, caches, valid, inputs)
 
 
 def last_attention(
-    model: Llava, read: PromptRead, layer: int, last: Int[Array, "B"]
+    network: Llava, read: PromptRead, layer: int, last: Int[Array, "B"]
 ) -> Float[Array, "B H T"]:
     """Attention weights, float32, of the last token of each prompt in a layer."""
-    language = model.language_model
+    language = network.language_model
     position = jnp.take_along_axis(positions_of(read.valid), last[:, None], axis=1)
     x = jnp.take_along_axis(read.inputs[layer], last[:, None, None], axis=1)
     rope = language.rope(position)

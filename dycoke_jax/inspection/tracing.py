@@ -105,8 +105,7 @@ def trace_answer(
         refreshed.append(bool(jax.device_get(state.refreshed[0, step - 1])))
 
     for rows in run_batch(
-        model.config,
-        model.params,
+        model.model,
         [request],
         compression,
         model.stop_ids,

@@ -1,7 +1,7 @@
 """Layers that the vision tower, the projector and the language model share.
 
 Matrices are kept as the checkpoints have them, [out, in]. A module declares parameters by shape
-only (see ``dycoke_jax.models.llava.bind``, which gives them their arrays), so the zeros below are
+only (see ``dycoke_jax.model.Model.bind``, which gives them their arrays), so the zeros below are
 never computed.
 """
 

@@ -19,18 +19,19 @@ from dycoke_jax.ops.matmul import matmul
 from dycoke_jax.ops.pooling import pool
 
 Params = Mapping[str, Array]
-"""The weights of a model: dotted path to array. The tree that jitted functions take."""
+"""The weights of a model: dotted path to array."""
 
 
 class Llava(nnx.Module):
-    """LLaVA-OneVision or LLaVA-Video."""
+    """LLaVA-OneVision or LLaVA-Video, computed in the dtype of this name."""
 
-    def __init__(self, config: LlavaConfig) -> None:
+    def __init__(self, config: LlavaConfig, dtype: str = "float32") -> None:
         self.config = config
-        self.vision_tower = SiglipVisionTower(config.vision)
+        self.dtype = dtype
+        self.vision_tower = SiglipVisionTower(config.vision, dtype)
         self.projector = Projector(config)
         self.image_newline = parameter(config.text.hidden_size)
-        self.language_model = Qwen2(config.text)
+        self.language_model = Qwen2(config.text, dtype)
         self.lm_head = None if config.text.tie_word_embeddings else Head(config)
 
     def encode(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C N D"]:
@@ -65,26 +66,28 @@ class Head(nnx.Module):
 
 
 @lru_cache(maxsize=32)
-def _split(config: LlavaConfig) -> tuple[nnx.GraphDef[Llava], tuple[tuple[tuple, nnx.Param], ...]]:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config)))
+def split(
+    config: LlavaConfig, dtype: str
+) -> tuple[nnx.GraphDef[Llava], tuple[tuple[tuple, nnx.Param], ...]]:
+    """Returns the structure of a network, and its parameters without values by their keys.
+
+    Args:
+        config: sizes and layout.
+        dtype: name of the dtype of the computation.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, dtype)))
     return graphdef, tuple(nnx.to_flat_state(state))
 
 
-def _path(keys: tuple) -> str:
+def dotted(keys: tuple) -> str:
+    """The dotted path of a parameter."""
     return ".".join(str(key) for key in keys)
 
 
 def abstract_params(config: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype (float32) of every parameter by its path; allocates nothing."""
-    _, leaves = _split(config)
-    return {_path(keys): jax.ShapeDtypeStruct(param.shape, param.dtype) for keys, param in leaves}
-
-
-def bind(config: LlavaConfig, params: Params) -> Llava:
-    """The model with these weights. It is cheap and meant to be called inside jitted functions."""
-    graphdef, leaves = _split(config)
-    state = nnx.from_flat_state([(keys, p.replace(params[_path(keys)])) for keys, p in leaves])
-    return nnx.merge(graphdef, state)
+    _, leaves = split(config, "float32")
+    return {dotted(keys): jax.ShapeDtypeStruct(param.shape, param.dtype) for keys, param in leaves}
 
 
 def random_param(path: str, shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "..."]:

@@ -22,9 +22,9 @@ Rope = tuple[Float[Array, "B 1 T E"], Float[Array, "B 1 T E"]]
 class Qwen2(nnx.Module):
     """Token embedding, decoder layers and the final norm; the head belongs to the whole model."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, dtype: str) -> None:
         self.config = config
-        self.embed_tokens = Embedding(config)
+        self.embed_tokens = Embedding(config, dtype)
         self.layers = nnx.List([Qwen2Layer(config) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -62,12 +62,13 @@ class Qwen2(nnx.Module):
 class Embedding(nnx.Module):
     """A vector for each entry of the vocabulary."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, dtype: str) -> None:
+        self.dtype = dtype
         self.weight = parameter(config.vocab_size, config.hidden_size)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The vectors of token ids, each of which must lie in the vocabulary."""
-        return self.weight[...][ids]
+        """The vectors of token ids, each of which must lie in the vocabulary, in ``dtype``."""
+        return self.weight[...][ids].astype(self.dtype)
 
 
 class Qwen2Layer(nnx.Module):

@@ -19,8 +19,9 @@ def normalise(frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C heigh
 class SiglipVisionTower(nnx.Module):
     """Patch embedding, position embedding and transformer blocks: frames to patch features."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, dtype: str) -> None:
         self.config = config
+        self.dtype = dtype
         self.patch_embedding = PatchEmbedding(config)
         self.position_embedding = PositionEmbedding(config)
         self.layers = nnx.List([SiglipLayer(config) for _ in range(config.num_layers)])
@@ -33,10 +34,10 @@ class SiglipVisionTower(nnx.Module):
 
         Returns:
             The patch states after the last block that is run, in raster order, in the dtype of the
-            weights.
+            computation.
         """
-        pixels = normalise(frames).astype(self.patch_embedding.weight.dtype)
-        x = self.patch_embedding(pixels) + self.position_embedding.weight[...]
+        x = self.patch_embedding(normalise(frames).astype(self.dtype))
+        x = x + self.position_embedding.weight[...].astype(x.dtype)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"vision_layer_{index}"):
                 x = layer(x)
@@ -59,7 +60,7 @@ class PatchEmbedding(nnx.Module):
         # The values of a patch in the order of the convolution's weights: colour, row, column.
         patches = patches.transpose(0, 1, 3, 5, 2, 4).reshape(-1, grid * grid, 3 * patch * patch)
         weight = self.weight[...].reshape(-1, 3 * patch * patch)
-        return matmul(patches, weight) + self.bias[...]
+        return matmul(patches, weight) + self.bias[...].astype(pixels.dtype)
 
 
 class PositionEmbedding(nnx.Module):

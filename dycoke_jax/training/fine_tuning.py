@@ -105,7 +105,7 @@ def fine_tune(
     run = Run(
         folder=folder,
         config=config,
-        initial=lambda: checkpoint.load(np.float32),
+        initial=lambda: checkpoint.load(np.float32).params,
         source=source,
         optimisation=what.optimisation,
         save_tokenizer=save_tokenizer,

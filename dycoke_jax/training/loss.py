@@ -1,17 +1,17 @@
 """Cross entropy and accuracy of the answers of a packed batch, and auxiliary losses."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.compression.dycoke import DyCoke
-from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.assemble import Visual, place_newlines
-from dycoke_jax.models.llava import Llava, Params, bind
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import Llava, Params
 from dycoke_jax.models.qwen2 import Qwen2Layer, Rope, positions_of
 from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.token_dropping import TokenDropping
@@ -29,8 +29,8 @@ class Forward(NamedTuple):
     The T slots of a row are the prefix, the visual slots, and the Q slots of questions and answers.
     """
 
-    model: Llava
-    """The model, with its weights in the dtype of the computation."""
+    network: Llava
+    """The network, with its weights in the dtype of the computation."""
     params: Params
     """The weights as they were given to ``score_answers``, those of auxiliary losses included."""
     rope: Rope
@@ -103,39 +103,37 @@ class Scores(NamedTuple):
 
 
 def score_answers(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     batch: Batch,
     *,
     dropping: TokenDropping | None = None,
     key: Array | None = None,
     auxiliary: Sequence[AuxiliaryLoss] = (),
     targets: Any = None,
-    dtype: DTypeLike = jnp.float32,
     rematerialise: bool = False,
 ) -> Scores:
-    """Computes loss and accuracy of the answers of a batch; differentiable in ``params``.
+    """Computes loss and accuracy of the answers of a batch; differentiable in the weights.
 
     Args:
-        config: shapes of the model.
-        params: weights of the model and of the auxiliary losses, in any float dtype.
+        model: the model; its weights hold those of the auxiliary losses too.
         batch: a batch without an accumulation axis.
         dropping: which visual tokens are dropped. None: all are kept.
         key: random key; needed if tokens are dropped at random.
         auxiliary: auxiliary losses to compute.
         targets: pytree of targets for the auxiliary losses.
-        dtype: dtype of the computation; softmax and losses are in float32.
         rematerialise: compute the results of each layer again for the gradient instead of storing
             them.
 
     Returns:
         The scores; ``loss`` and ``auxiliary`` are differentiable.
     """
-    model = bind(config, {path: x.astype(dtype) for path, x in params.items()})
+    # Each weight is converted once, so that its gradient is summed in the dtype of the computation.
+    params = {path: x.astype(model.dtype) for path, x in model.params.items()}
+    network = replace(model, params=params).bind()
     maybe_rematerialised = jax.checkpoint if rematerialise else lambda function: function
-    visual, kept = _visual(model, batch, dropping, key, maybe_rematerialised)
+    visual, kept = _visual(network, batch, dropping, key, maybe_rematerialised)
 
-    embed = model.language_model.embed_tokens
+    embed = network.language_model.embed_tokens
     x = jnp.concatenate([embed(batch.prefix), visual.embeds, embed(batch.ids)], axis=1)
     prefix_valid = jnp.arange(batch.prefix.shape[1]) < batch.prefix_length[:, None]
     shared = jnp.concatenate([prefix_valid, visual.valid], axis=1)
@@ -143,11 +141,13 @@ def score_answers(
     before = shared.sum(1, keepdims=True)
     positions = jnp.concatenate([positions_of(shared), before + batch.offset], axis=1)
     parts = jnp.pad(batch.part, ((0, 0), (shared.shape[1], 0)))
-    rope = model.language_model.rope(positions)
+    rope = network.language_model.rope(positions)
     slots = slice(batch.prefix.shape[1], shared.shape[1])
-    forward = Forward(model, params, rope, valid, parts, visual, slots, kept, batch.is_answer)
+    forward = Forward(
+        network, model.params, rope, valid, parts, visual, slots, kept, batch.is_answer
+    )
     reads: list[list[Any]] = [[] for _ in auxiliary]
-    for number, layer in enumerate(model.language_model.layers):
+    for number, layer in enumerate(network.language_model.layers):
         for one, of_one in zip(auxiliary, reads, strict=True):
             if (read := one.read(number, layer, x, forward)) is not None:
                 of_one.append(read)
@@ -155,7 +155,7 @@ def score_answers(
     added = jnp.float32(0)
     for one, of_one in zip(auxiliary, reads, strict=True):
         added += one.loss(of_one, forward, targets)
-    logits = model.logits(model.language_model.norm(x[:, shared.shape[1] :]))
+    logits = network.logits(network.language_model.norm(x[:, shared.shape[1] :]))
 
     # The logits of a slot predict the next slot. A part begins with its question, so the slot
     # before an answer token always belongs to the same part.
@@ -181,7 +181,7 @@ def _count_by_part(flags: Bool[Array, "B Q"], part: Int[Array, "B Q"]) -> Int[Ar
 
 
 def _visual(
-    model: Llava,
+    network: Llava,
     batch: Batch,
     dropping: TokenDropping | None,
     key: Array | None,
@@ -190,7 +190,7 @@ def _visual(
     """The visual segment, and the indices of the visual tokens in it (None: all are kept)."""
     rows, frames = batch.frames.shape[:2]
     folded = batch.frames.reshape(rows * frames, *batch.frames.shape[2:])
-    features = maybe_rematerialised(model.encode)(folded)
+    features = maybe_rematerialised(network.encode)(folded)
     features = features.reshape(rows, frames, *features.shape[1:])
     kept = None
     if dropping is not None:
@@ -200,8 +200,7 @@ def _visual(
             assert key is not None
             places = jax.random.uniform(key, (rows, frames * features.shape[2]))
             kept = jnp.sort(jax.lax.top_k(places, kept.shape[1])[1], axis=1)
-    config = model.config
-    newline = model.image_newline[...]
+    config, newline = network.config, network.image_newline[...]
     visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
     # Slots that are not valid are never attended to and take no position, so that a row without a
     # clip is a row of text.

@@ -14,6 +14,7 @@ import numpy as np
 
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.inputs.prompts import Tokenizer
+from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.tasks.task import MONITORED, task_clip
@@ -22,7 +23,7 @@ from dycoke_jax.training.loss import score_answers
 from dycoke_jax.training.sources import task_example
 from dycoke_jax.training.token_dropping import TokenDropping
 
-_score = jax.jit(score_answers, static_argnames=("config", "dropping", "dtype"))
+_score = jax.jit(score_answers, static_argnames="dropping")
 
 
 Evaluate = Callable[[Params], dict[str, Any]]
@@ -64,20 +65,16 @@ def task_held_out(tokenizer: Tokenizer, size: int, frames: int = 16) -> HeldOut:
 
 
 def accuracy(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     held_out: HeldOut,
     dropping: TokenDropping | None = None,
-    dtype: str = "float32",
 ) -> dict[str, float]:
     """Computes the loss and the share of right answers on a held-out set.
 
     Args:
-        config: shapes of the model.
-        params: weights of the model.
+        model: the model.
         held_out: the held-out set.
         dropping: which visual tokens are dropped. None: all are kept.
-        dtype: dtype of the computation, "float32" or "bfloat16".
 
     Returns:
         Under "loss", the mean cross entropy of an answer token in nats. Under "accuracy", the share
@@ -87,9 +84,7 @@ def accuracy(
     right, asked = Counter[str](), Counter[str]()
     loss = tokens = 0.0
     for batch, kinds in zip(held_out.batches, held_out.kinds, strict=True):
-        scores = _score(
-            config, params, batch, dropping=dropping, key=jax.random.key(0), dtype=dtype
-        )
+        scores = _score(model, batch, dropping=dropping, key=jax.random.key(0))
         loss, tokens = loss + float(scores.loss), tokens + int(scores.tokens)
         was_right, was_asked = np.asarray(scores.right), np.asarray(scores.asked)
         for row, of_row in enumerate(kinds):
@@ -114,9 +109,10 @@ def both_accuracies(config: LlavaConfig, held_out: HeldOut, dtype: str) -> Evalu
     """
 
     def evaluate(params: Params) -> dict[str, Any]:
+        model = Model(params, config, dtype)
         return {
-            "full": accuracy(config, params, held_out, dtype=dtype),
-            "merged": accuracy(config, params, held_out, TokenDropping(0.7), dtype),
+            "full": accuracy(model, held_out),
+            "merged": accuracy(model, held_out, TokenDropping(0.7)),
         }
 
     return evaluate

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from dycoke_jax.checks import choice, flag, number, whole_number
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
+from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
 from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.loss import AuxiliaryLoss, Scores, score_answers
@@ -230,14 +231,12 @@ def train_step(
         trained: Params, part: Batch, targets: Any, key: Array
     ) -> tuple[Float[Array, ""], Scores]:
         scores = score_answers(
-            config,
-            {**state.params, **trained},
+            Model({**state.params, **trained}, config, settings.dtype),
             part,
             dropping=dropping,
             key=key,
             auxiliary=auxiliary,
             targets=targets,
-            dtype=settings.dtype,
             rematerialise=settings.rematerialise,
         )
         # The summed gradient is divided by the number of answer tokens below. The auxiliary loss

@@ -4,6 +4,7 @@ import numpy as np
 
 from dycoke_jax import LlavaVideo
 from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
+from dycoke_jax.model import Model
 from dycoke_jax.models.llava import random_params
 from support.tokenizers import tiny_tokenizer
 
@@ -22,7 +23,7 @@ def tiny_model(newline="one_token", pool_mode="bilinear", layers=4, seed=0, stop
         name: weight * (10.0 if weight.ndim >= 2 else 1.0)
         for name, weight in random_params(config, seed).items()
     }
-    model = LlavaVideo(config, params, tiny_tokenizer())
+    model = LlavaVideo(Model(params, config), tiny_tokenizer())
     if not stops:
         model.stop_ids = ()
     return model

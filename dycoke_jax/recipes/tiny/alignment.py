@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.inputs.prompts import Tokenizer
-from dycoke_jax.models.llava import Params, bind
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import Params
 from dycoke_jax.progress import Progress
 from dycoke_jax.recipes.tiny.fit import fit
 from dycoke_jax.tasks.pictures import draw
@@ -71,9 +72,9 @@ def align(
         words: Int[Array, "C N words"],
         has_thing: Bool[Array, "C N"],
     ) -> Float[Array, ""]:
-        model = bind(config, {**trained, **frozen})
-        states = model.language_model.norm(model.encode(frames))
-        scores = jax.nn.log_softmax(model.logits(states))
+        network = Model({**trained, **frozen}, config).bind()
+        states = network.language_model.norm(network.encode(frames))
+        scores = jax.nn.log_softmax(network.logits(states))
         likely = jnp.take_along_axis(scores, words, axis=2).mean(-1)
         weights = jnp.where(has_thing, 1.0, EMPTY_WEIGHT)
         return -(likely * weights).sum() / weights.sum()

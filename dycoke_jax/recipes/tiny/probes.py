@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.assemble import place_newlines
-from dycoke_jax.models.llava import Params, bind
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import Params
 from dycoke_jax.models.qwen2 import Qwen2Layer, positions_of
 from dycoke_jax.progress import Progress
 from dycoke_jax.recipes.tiny.alignment import EMPTY_WEIGHT
@@ -101,18 +102,18 @@ def train_probes(
         frames: UInt8[Array, "B F height width 3"],
         targets: Int[Array, "B F N probes"],
     ) -> Float[Array, ""]:
-        model = bind(config, {**trained, **frozen})
-        features = model.encode(frames.reshape(-1, *frames.shape[2:]))
+        network = Model({**trained, **frozen}, config).bind()
+        features = network.encode(frames.reshape(-1, *frames.shape[2:]))
         features = features.reshape(*targets.shape[:3], -1)
         visual = place_newlines(
-            features, None, model.image_newline[...], config.newline, config.frame_grid
+            features, None, network.image_newline[...], config.newline, config.frame_grid
         )
-        x, rope = visual.embeds, model.language_model.rope(positions_of(visual.valid))
-        for layer in model.language_model.layers[:depth]:
+        x, rope = visual.embeds, network.language_model.rope(positions_of(visual.valid))
+        for layer in network.language_model.layers[:depth]:
             x = layer.prefill(x, rope, visual.valid)[0]
         targets = targets.reshape(targets.shape[0], -1, len(_PROBED))
         # The norm makes the loss independent of the scale of the states.
-        x = model.language_model.norm(x[:, : targets.shape[1]])
+        x = network.language_model.norm(x[:, : targets.shape[1]])
         return probe_loss(x, trained[PROBES], targets)
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
@@ -148,7 +149,7 @@ class ProbeLoss:
         first = forward.visual_slots.start
         # The tiny model has a single newline, which comes after the visual tokens.
         tokens = forward.visual.valid.shape[1] - 1
-        return forward.model.language_model.norm(x[:, first : first + tokens])
+        return forward.network.language_model.norm(x[:, first : first + tokens])
 
     def loss(
         self,

@@ -1,0 +1,41 @@
+"""The model as one value: its weights, with what is static about them."""
+
+from dataclasses import dataclass, field
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dycoke_jax.config import LlavaConfig
+from dycoke_jax.models.llava import Llava, Params, dotted, split
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Model:
+    """A model that jitted functions take whole.
+
+    Only ``params`` is traced: programs are compiled for the other fields.
+
+    Attributes:
+        params: weights by dotted path, in any float dtypes; further ones are ignored.
+        config: sizes and layout.
+        dtype: name of the dtype of the computation; norms, softmax and logits are in float32.
+        mesh: the devices that the weights are spread over; None for a single device.
+    """
+
+    params: Params
+    config: LlavaConfig = field(metadata=_STATIC)
+    dtype: str = field(default="float32", metadata=_STATIC)
+    mesh: Mesh | None = field(default=None, metadata=_STATIC)
+
+    def bind(self) -> Llava:
+        """Returns the network with these weights.
+
+        It is cheap and meant to be called inside jitted functions.
+        """
+        graphdef, leaves = split(self.config, self.dtype)
+        state = [(keys, leaf.replace(self.params[dotted(keys)])) for keys, leaf in leaves]
+        return nnx.merge(graphdef, nnx.from_flat_state(state))
