@@ -19,6 +19,7 @@ from dycoke_jax.generation.encode import encode
 from dycoke_jax.generation.layout import plan
 from dycoke_jax.generation.prefill import prefill
 from dycoke_jax.generation.sampling import Sampling
+from dycoke_jax.generation.score import score
 from dycoke_jax.generation.state import DecodeState, Limits
 from dycoke_jax.inputs.prompts import Prompt
 from dycoke_jax.model import Model
@@ -236,6 +237,103 @@ def run_batch(
     if observe:
         observe(state)
     yield _results(requests, state, visual, seconds)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a model finds a given answer.
+
+    Attributes:
+        token_ids: the tokens of the answer.
+        log_likelihoods: natural logarithm of the probability of each token after the prompt and the
+            tokens before it.
+        is_greedy: whether greedy decoding would give exactly these tokens.
+        visual: visual tokens of the clip before compression (F * N).
+        merged: visual tokens that entered the language model.
+    """
+
+    token_ids: tuple[int, ...]
+    log_likelihoods: tuple[float, ...]
+    is_greedy: bool
+    visual: int
+    merged: int
+
+    @property
+    def total(self) -> float:
+        """Log-likelihood of the whole answer."""
+        return float(np.sum(self.log_likelihoods, dtype=np.float64))
+
+
+def score_batch(
+    model: Model,
+    requests: Sequence[Request],
+    answers: Sequence[tuple[int, ...]],
+    compression: Compressor | None,
+    *,
+    progress: Progress | None = None,
+) -> list[Likelihood]:
+    """Computes how likely given answers are, in one batch (teacher forcing).
+
+    With a compressor each token of an answer is scored as it would be generated: after token
+    merging, and with the visual tokens that its decode step attends to. Programs are shared by
+    answers of similar length, as those of ``run_batch``.
+
+    Args:
+        model: the model.
+        requests: all with the same number of frames (0 for none); of their settings of decoding
+            none counts.
+        answers: token ids of an answer to each request, at least one id each.
+        compression: method and settings, or None for the plain model.
+        progress: called while frames are encoded.
+
+    Returns:
+        The likelihood of each answer, in the order of the requests.
+
+    Raises:
+        RequestError: if an answer is empty, or a request does not fit into the model's positions.
+        ConfigError: if the compression cannot work on this model or clip length.
+    """
+    if not all(answers):
+        raise RequestError(f"answer {[*map(bool, answers)].index(False)} is empty; give its ids")
+    requests = [
+        replace(request, decoding=Decoding(max_new_tokens=len(answer)))
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+    frames = requests[0].num_frames
+    if not frames:
+        compression = None
+    generated = bucket(max(map(len, answers)), MIN_GENERATED)
+    rows = bucket(len(requests), 1)
+    text = _text(requests, rows)
+    layout = plan(
+        model.config, frames, text.prefix.shape[1], text.question.shape[1], generated, compression
+    )
+    _check_lengths(model.config, requests, layout.slots.visual)
+    features = _features(model, requests, rows, progress) if frames else None
+    ids, lengths = _pad(answers, rows, generated)
+    scored = jax.device_get(
+        score(
+            model,
+            features,
+            text,
+            ids,
+            lengths,
+            compression=compression,
+            pruning=layout.pruning,
+            slots=layout.slots,
+        )
+    )
+    visual = 0 if features is None else features.shape[1] * features.shape[2]
+    return [
+        Likelihood(
+            token_ids=tuple(answer),
+            log_likelihoods=tuple(scored.log_likelihood[row, : len(answer)].tolist()),
+            is_greedy=bool(scored.is_likeliest[row, : len(answer)].all()),
+            visual=visual,
+            merged=int(scored.merged[row]),
+        )
+        for row, answer in enumerate(answers)
+    ]
 
 
 def _ask(state: DecodeState) -> tuple[int, bool]:

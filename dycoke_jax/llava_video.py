@@ -1,7 +1,8 @@
 """The main interface of the library: a model with its tokenizer answers questions about clips."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -23,10 +24,12 @@ from dycoke_jax.config import LlavaConfig, PoolMode
 from dycoke_jax.engine import (
     Decoding,
     Generated,
+    Likelihood,
     Request,
     Seconds,
     TokenCounts,
     run_batch,
+    score_batch,
 )
 from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
 from dycoke_jax.inputs.any_video import Video, has_times, read_video
@@ -39,6 +42,7 @@ from dycoke_jax.inputs.prompts import (
     System,
     Tokenizer,
     build_prompt,
+    encode_answer,
     stop_ids,
     time_instruction,
 )
@@ -299,11 +303,81 @@ class LlavaVideo:
             )
             return _Prepared(index, request, notes)
 
-        pieces = self._run(prepare, count, batch_size, compression, stream, progress)
+        groups = _groups(prepare, count, batch_size, progress)
+        pieces = self._run(groups, compression, stream, progress)
         if stream:
             return pieces
         answers = {piece.index: piece.answer for piece in pieces if piece.answer is not None}
         return [answers[index] for index in range(count)]
+
+    def score(
+        self,
+        videos: Sequence[Video | None] | None,
+        prompts: Sequence[Conversation],
+        answers: Sequence[str],
+        *,
+        compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
+        frames: int = 32,
+        fps: float | None = None,
+        system: System = ...,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> list[Likelihood]:
+        """Computes how likely the model finds given answers (teacher forcing).
+
+        An answer counts with the token that ends it. With a compressor each token is scored as it
+        would be generated.
+
+        Args:
+            videos: as in ``generate``.
+            prompts: as in ``generate``.
+            answers: an answer to each request, not empty.
+            compression: as in ``generate``.
+            frames: as in ``generate``.
+            fps: as in ``generate``.
+            system: as in ``generate``.
+            batch_size: as in ``generate``.
+            progress: called while the work goes on.
+
+        Returns:
+            The likelihoods in the order of the requests.
+
+        Raises:
+            DycokeError: as ``generate`` does.
+        """
+        must = "prompts and answers must be lists with one entry for each request"
+        prompts = checks.sequence("prompts", prompts, must, error=RequestError)
+        answers = checks.sequence("answers", answers, must, error=RequestError)
+        count = len(prompts)
+        videos = checks.sequence(
+            "videos", [None] * count if videos is None else videos, must, error=RequestError
+        )
+        if not len(videos) == count == len(answers):
+            raise RequestError(
+                f"{len(videos)} videos, {count} prompts and {len(answers)} answers; give one each"
+            )
+        batch_size = checks.whole_number("batch_size", batch_size, 1, error=RequestError)
+        check_compressor(compression)
+        sampling = FrameSampling(frames=frames, fps=fps)
+        ids = [encode_answer(self.tokenizer, answer) for answer in answers]
+
+        def prepare(index: int) -> "_Prepared":
+            request, notes = self.request(
+                videos[index], prompts[index], Decoding(len(ids[index])), sampling, system=system
+            )
+            return _Prepared(index, request, notes)
+
+        scored: dict[int, Likelihood] = {}
+        for group in _groups(prepare, count, batch_size, progress):
+            of_group = score_batch(
+                self.model,
+                [prepared.request for prepared in group],
+                [ids[prepared.index] for prepared in group],
+                compression,
+                progress=progress,
+            )
+            scored |= {p.index: one for p, one in zip(group, of_group, strict=True)}
+        return [scored[index] for index in range(count)]
 
     def request(
         self,
@@ -352,32 +426,15 @@ class LlavaVideo:
 
     def _run(
         self,
-        prepare: Callable[[int], "_Prepared"],
-        count: int,
-        batch_size: int,
+        groups: Generator[list["_Prepared"], None, None],
         compression: Compressor | None,
         stream: bool,
         progress: Progress | None,
     ) -> Iterator[Piece]:
-        windows = [range(s, min(s + batch_size, count)) for s in range(0, count, batch_size)]
-        pool = ThreadPoolExecutor(CLIP_THREADS, thread_name_prefix="clips")
-        try:
-            ready = 0
-            ahead = [pool.submit(prepare, index) for index in windows[0]] if windows else []
-            for following in [*windows[1:], ()]:
-                window = []
-                for future in ahead:
-                    window.append(future.result())
-                    ready += 1
-                    if progress:
-                        progress("reading clips", ready, count)
-                # Decoded while this window runs on the device. No more than that, to bound memory.
-                ahead = [pool.submit(prepare, index) for index in following]
-                for group in _by_frames(window):
-                    yield from self._run_group(group, compression, stream, progress)
-        finally:
-            # After an error, or if the reader of a stream stops, other clips are not needed.
-            pool.shutdown(cancel_futures=True)
+        # Closing it, after an error or if the reader of a stream stops, ends the reading of clips.
+        with closing(groups):
+            for group in groups:
+                yield from self._run_group(group, compression, stream, progress)
 
     def _run_group(
         self,
@@ -444,6 +501,30 @@ class _Text:
                 self.whole += self._stream.step(self._backend, token) or ""
             self._read = len(ids)
         return self.whole[len(before) :]
+
+
+def _groups(
+    prepare: Callable[[int], _Prepared], count: int, batch_size: int, progress: Progress | None
+) -> Generator[list[_Prepared], None, None]:
+    """Yields prepared requests that can run as one batch; those that follow are read meanwhile."""
+    windows = [range(s, min(s + batch_size, count)) for s in range(0, count, batch_size)]
+    pool = ThreadPoolExecutor(CLIP_THREADS, thread_name_prefix="clips")
+    try:
+        ready = 0
+        ahead = [pool.submit(prepare, index) for index in windows[0]] if windows else []
+        for following in [*windows[1:], ()]:
+            window = []
+            for future in ahead:
+                window.append(future.result())
+                ready += 1
+                if progress:
+                    progress("reading clips", ready, count)
+            # Decoded while this window runs on the device. No more than that, to bound memory.
+            ahead = [pool.submit(prepare, index) for index in following]
+            yield from _by_frames(window)
+    finally:
+        # After an error, or if nobody reads on, other clips are not needed.
+        pool.shutdown(cancel_futures=True)
 
 
 def _by_frames(window: Sequence[_Prepared]) -> list[list[_Prepared]]:

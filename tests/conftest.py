@@ -65,3 +65,19 @@ def _forget_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture
+def compilations():
+    """How many programs XLA has compiled so far, of whatever function: a callable."""
+    import jax  # its settings are read from the environment when it is imported
+
+    events = []
+
+    def listen(name, _seconds, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: len(events)
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -3,7 +3,6 @@
 import os
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,20 +165,6 @@ def test_plain_model_traces_no_compression(monkeypatch):
     for method in (DyCoke(p=0, layer=1), DyCoke(k=0, layer=1)):
         with pytest.raises(AssertionError, match="traced"):
             model.generate([video(0, 4)], ["What?"], compression=method, max_new_tokens=3)
-
-
-@pytest.fixture
-def compilations():
-    """How many programs XLA has compiled so far, of whatever function: a callable."""
-    events = []
-
-    def listen(name, _seconds, **_):
-        if name == "/jax/core/compile/backend_compile_duration":
-            events.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield lambda: len(events)
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_mixed_stream_compiles_nothing_after_warm_up(model, compilations):

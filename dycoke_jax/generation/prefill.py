@@ -41,6 +41,33 @@ def prefill(
         pruning: second stage of the compression for this layout (static), see ``layout.plan``.
         generated: number of slots for generated tokens (static).
     """
+    logits, state = begin(
+        model,
+        features,
+        text,
+        limits,
+        compression=compression,
+        pruning=pruning,
+        generated=generated,
+    )
+    return take_token(state, sample(logits, sampling, jnp.int32(0)), limits)
+
+
+def begin(
+    model: Model,
+    features: Float[Array, "B F N D"] | None,
+    text: TextIds,
+    limits: Limits,
+    *,
+    compression: Compressor | None,
+    pruning: DecodePruning | None,
+    generated: int,
+) -> tuple[Float[Array, "B V"], DecodeState]:
+    """Reads B prompts; the arguments are those of ``prefill``.
+
+    Returns:
+        The logits of the first token, float32, and the state before it.
+    """
     network, config = model.bind(), model.config
     kept = None
     if features is None:
@@ -57,8 +84,7 @@ def prefill(
         attended = last_attention(network, read, pruning.layer - 1, last)
         first = text.prefix.shape[1]
         scores = attended[:, :, first : first + visual.valid.shape[1]].mean(1)
-    state = start(read.caches, read.valid, visual, kept, scores, limits, pruning, generated)
-    return take_token(state, sample(logits, sampling, jnp.int32(0)), limits)
+    return logits, start(read.caches, read.valid, visual, kept, scores, limits, pruning, generated)
 
 
 class PromptRead(NamedTuple):
