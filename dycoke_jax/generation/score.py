@@ -18,9 +18,9 @@ from dycoke_jax.model import Model
 class Scored(NamedTuple):
     """What the model says about the tokens of given answers; slots behind an answer are 0."""
 
-    log_likelihood: Float[Array, "B A"]
+    log_likelihood: Float[Array, "B answer"]
     """Natural logarithm of the probability of each token after those before it, float32."""
-    is_likeliest: Bool[Array, "B A"]
+    is_likeliest: Bool[Array, "B answer"]
     """Whether greedy decoding would choose the token."""
     merged: Int[Array, "B"]
     """Number of visual tokens that entered the language model."""
@@ -31,7 +31,7 @@ def score(
     model: Model,
     features: Float[Array, "B F N D"] | None,
     text: TextIds,
-    answers: Int[Array, "B A"],
+    answers: Int[Array, "B answer"],
     lengths: Int[Array, "B"],
     *,
     compression: Compressor | None,
@@ -47,7 +47,7 @@ def score(
         model: the model.
         features: as in ``prefill.prefill``.
         text: as in ``prefill.prefill``.
-        answers: token ids of the answers; A is at most ``slots.generated``.
+        answers: token ids of the answers; at most ``slots.generated`` each.
         lengths: number of tokens of each answer, at least 1.
         compression: method and settings (static); None for the plain model.
         pruning: second stage of the compression for this layout (static).
