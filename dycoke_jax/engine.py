@@ -182,9 +182,8 @@ def run_batch(
     generated = bucket(max(r.decoding.max_new_tokens for r in requests), MIN_GENERATED)
     rows = bucket(len(requests), 1)
     text = _text(requests, rows)
-    layout = plan(
-        model.config, frames, text.prefix.shape[1], text.question.shape[1], generated, compression
-    )
+    prompt = text.prefix.shape[1], text.question.shape[1]
+    layout = plan(model.config, rows, frames, *prompt, generated, compression)
     _check_lengths(model.config, requests, layout.slots.visual)
     sampling, limits = _sampling(requests, rows), _limits(requests, rows, stop_ids)
 
@@ -196,16 +195,7 @@ def run_batch(
     encoded = time.perf_counter()
     if progress:
         progress("prefill", 0, 1)
-    state = prefill(
-        model,
-        features,
-        text,
-        sampling,
-        limits,
-        compression=compression,
-        pruning=layout.pruning,
-        generated=generated,
-    )
+    state = prefill(model, features, text, sampling, limits, layout=layout)
     step, done = _ask(state)
     seconds = Seconds(encoded - started, time.perf_counter() - encoded)
     if progress:
@@ -220,15 +210,7 @@ def run_batch(
             yield _results(requests, state, visual, seconds)
         until = longest if stream_every is None else step + stream_every
         began = time.perf_counter()
-        state = decode(
-            model,
-            state,
-            sampling,
-            limits,
-            np.int32(until),
-            pruning=layout.pruning,
-            slots=layout.slots,
-        )
+        state = decode(model, state, sampling, limits, np.int32(until), layout=layout)
         step, done = _ask(state)
         # Only the time of the device counts, not that of a slow reader of the stream.
         seconds = replace(seconds, decode=seconds.decode + time.perf_counter() - began)
@@ -305,24 +287,12 @@ def score_batch(
     generated = bucket(max(map(len, answers)), MIN_GENERATED)
     rows = bucket(len(requests), 1)
     text = _text(requests, rows)
-    layout = plan(
-        model.config, frames, text.prefix.shape[1], text.question.shape[1], generated, compression
-    )
+    prompt = text.prefix.shape[1], text.question.shape[1]
+    layout = plan(model.config, rows, frames, *prompt, generated, compression)
     _check_lengths(model.config, requests, layout.slots.visual)
     features = _features(model, requests, rows, progress) if frames else None
     ids, lengths = _pad(answers, rows, generated)
-    scored = jax.device_get(
-        score(
-            model,
-            features,
-            text,
-            ids,
-            lengths,
-            compression=compression,
-            pruning=layout.pruning,
-            slots=layout.slots,
-        )
-    )
+    scored = jax.device_get(score(model, features, text, ids, lengths, layout=layout))
     visual = 0 if features is None else features.shape[1] * features.shape[2]
     return [
         Likelihood(

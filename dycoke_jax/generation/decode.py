@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dycoke_jax.cache import Slots
 from dycoke_jax.compression.protocol import DecodePruning
+from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
 from dycoke_jax.model import Model
@@ -15,7 +16,7 @@ from dycoke_jax.models.llava import Llava
 
 
 # The state is donated, so that the caches are updated in place instead of being copied.
-@jax.jit(static_argnames=("pruning", "slots"), donate_argnames="state")
+@jax.jit(static_argnames="layout", donate_argnames="state")
 def decode(
     model: Model,
     state: DecodeState,
@@ -23,8 +24,7 @@ def decode(
     limits: Limits,
     until: Int[Array, ""],
     *,
-    pruning: DecodePruning | None,
-    slots: Slots,
+    layout: Layout,
 ) -> DecodeState:
     """Generates until every row is done or has ``until`` tokens.
 
@@ -33,19 +33,18 @@ def decode(
         state: result of ``prefill`` or of an earlier call; donated.
         sampling: as given to ``prefill``.
         limits: as given to ``prefill``.
-        until: number of generated tokens at which to stop, at most ``slots.generated``. Traced, so
+        until: number of generated tokens at which to stop, at most the slots for them. Traced, so
             that streaming in pieces of any size runs the same program.
-        pruning: as given to ``prefill`` (static).
-        slots: the layout of the cache (static).
+        layout: as given to ``prefill`` (static).
     """
     network = model.bind()
-    until = jnp.minimum(until, slots.generated)
+    until = jnp.minimum(until, layout.slots.generated)
 
     def more(state: DecodeState) -> Array:
         return (state.step < until) & ~state.done.all()
 
     def body(state: DecodeState) -> DecodeState:
-        logits, state = decode_step(network, state, pruning, slots)
+        logits, state = decode_step(network, state, layout.pruning, layout.slots)
         return take_token(state, sample(logits, sampling, state.step), limits)
 
     return jax.lax.while_loop(more, body, state)

@@ -14,15 +14,25 @@ from dycoke_jax.generation.assemble import newline_slots
 
 @dataclass(frozen=True)
 class Layout:
-    """What the programs of a batch are compiled for: sizes of its segments, and its pruning."""
+    """All that is known about a batch before it runs: the static argument of its programs.
 
+    Attributes:
+        rows: rows of the batch (B).
+        slots: sizes of the segments of the key/value cache.
+        compression: method and settings; None traces nothing of compression.
+        pruning: second stage of the compression for these slots; None if it prunes nothing.
+    """
+
+    rows: int
     slots: Slots
+    compression: Compressor | None
     pruning: DecodePruning | None
 
 
 @lru_cache(maxsize=256)
 def plan(
     config: LlavaConfig,
+    rows: int,
     frames: int,
     prefix: int,
     question: int,
@@ -33,6 +43,7 @@ def plan(
 
     Args:
         config: the model.
+        rows: rows of the batch.
         frames: frames of each clip; 0 for prompts without video.
         prefix: slots of the prefix.
         question: slots of the question.
@@ -43,7 +54,7 @@ def plan(
         ConfigError: if the compression cannot work on this model or clip length.
     """
     if frames == 0:
-        return Layout(Slots(prefix, 0, question, generated), None)
+        return Layout(rows, Slots(prefix, 0, question, generated), None, None)
     tokens = frames * config.tokens_per_frame
     if compression is not None:
         compression.check(config, frames)
@@ -53,4 +64,4 @@ def plan(
     visual = tokens + newline_slots(config.newline, config.frame_grid, frames)
     slots = Slots(prefix, visual, question, generated)
     pruning = None if compression is None else compression.decode_pruning(slots, tokens)
-    return Layout(slots, pruning)
+    return Layout(rows, slots, compression, pruning)

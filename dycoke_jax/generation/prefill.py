@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.cache import KV
-from dycoke_jax.compression.protocol import Compressor, DecodePruning
+from dycoke_jax.compression.protocol import DecodePruning
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.assemble import TextIds, Visual, place_newlines, text_valid
+from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
 from dycoke_jax.model import Model
@@ -17,7 +18,7 @@ from dycoke_jax.models.llava import Llava
 from dycoke_jax.models.qwen2 import positions_of
 
 
-@jax.jit(static_argnames=("compression", "pruning", "generated"))
+@jax.jit(static_argnames="layout")
 def prefill(
     model: Model,
     features: Float[Array, "B F N D"] | None,
@@ -25,9 +26,7 @@ def prefill(
     sampling: Sampling,
     limits: Limits,
     *,
-    compression: Compressor | None,
-    pruning: DecodePruning | None,
-    generated: int,
+    layout: Layout,
 ) -> DecodeState:
     """Runs the language model over B prompts and samples their first tokens, in one call.
 
@@ -37,19 +36,9 @@ def prefill(
         text: token ids before and after the clip.
         sampling: how each row samples its tokens.
         limits: when each row stops.
-        compression: method and settings (static); None traces nothing of compression.
-        pruning: second stage of the compression for this layout (static), see ``layout.plan``.
-        generated: number of slots for generated tokens (static).
+        layout: what is known about the batch (static), see ``layout.plan``.
     """
-    logits, state = begin(
-        model,
-        features,
-        text,
-        limits,
-        compression=compression,
-        pruning=pruning,
-        generated=generated,
-    )
+    logits, state = begin(model, features, text, limits, layout)
     return take_token(state, sample(logits, sampling, jnp.int32(0)), limits)
 
 
@@ -58,10 +47,7 @@ def begin(
     features: Float[Array, "B F N D"] | None,
     text: TextIds,
     limits: Limits,
-    *,
-    compression: Compressor | None,
-    pruning: DecodePruning | None,
-    generated: int,
+    layout: Layout,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Reads B prompts; the arguments are those of ``prefill``.
 
@@ -69,6 +55,7 @@ def begin(
         The logits of the first token, float32, and the state before it.
     """
     network, config = model.bind(), model.config
+    compression, pruning = layout.compression, layout.pruning
     kept = None
     if features is None:
         visual = no_visual(config, text.question.shape[0])
@@ -84,7 +71,9 @@ def begin(
         attended = last_attention(network, read, pruning.layer - 1, last)
         first = text.prefix.shape[1]
         scores = attended[:, :, first : first + visual.valid.shape[1]].mean(1)
-    return logits, start(read.caches, read.valid, visual, kept, scores, limits, pruning, generated)
+    return logits, start(
+        read.caches, read.valid, visual, kept, scores, limits, pruning, layout.slots.generated
+    )
 
 
 class PromptRead(NamedTuple):

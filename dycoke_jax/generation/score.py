@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dycoke_jax.cache import Slots
-from dycoke_jax.compression.protocol import Compressor, DecodePruning
 from dycoke_jax.generation.assemble import TextIds
 from dycoke_jax.generation.decode import decode_step
+from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.prefill import begin
 from dycoke_jax.generation.state import Limits, take_token
 from dycoke_jax.model import Model
@@ -26,7 +25,7 @@ class Scored(NamedTuple):
     """Number of visual tokens that entered the language model."""
 
 
-@jax.jit(static_argnames=("compression", "pruning", "slots"))
+@jax.jit(static_argnames="layout")
 def score(
     model: Model,
     features: Float[Array, "B F N D"] | None,
@@ -34,9 +33,7 @@ def score(
     answers: Int[Array, "B answer"],
     lengths: Int[Array, "B"],
     *,
-    compression: Compressor | None,
-    pruning: DecodePruning | None,
-    slots: Slots,
+    layout: Layout,
 ) -> Scored:
     """Computes how likely given answers are.
 
@@ -47,24 +44,14 @@ def score(
         model: the model.
         features: as in ``prefill.prefill``.
         text: as in ``prefill.prefill``.
-        answers: token ids of the answers; at most ``slots.generated`` each.
+        answers: token ids of the answers; at most ``layout.slots.generated`` each.
         lengths: number of tokens of each answer, at least 1.
-        compression: method and settings (static); None for the plain model.
-        pruning: second stage of the compression for this layout (static).
-        slots: the layout of the cache (static).
+        layout: what is known about the batch (static), see ``layout.plan``.
     """
     network, width = model.bind(), answers.shape[1]
     # No token stops an answer here.
     limits = Limits(lengths, jnp.full((answers.shape[0], 1), -1))
-    logits, state = begin(
-        model,
-        features,
-        text,
-        limits,
-        compression=compression,
-        pruning=pruning,
-        generated=slots.generated,
-    )
+    logits, state = begin(model, features, text, limits, layout)
 
     def read(carry: tuple, index: Array) -> tuple[tuple, tuple[Array, Array]]:
         logits, state = carry
@@ -74,7 +61,7 @@ def score(
         inside = index < lengths
         found = jnp.where(inside, chosen, 0), inside & (logits.argmax(-1) == token)
         state = take_token(state, token, limits)
-        return decode_step(network, state, pruning, slots), found
+        return decode_step(network, state, layout.pruning, layout.slots), found
 
     # The last token need not be read: nothing follows it.
     (logits, state), found = jax.lax.scan(read, (logits, state), jnp.arange(width - 1))
