@@ -29,6 +29,8 @@ _SEEK_COST = 8
 """Cost of a seek in decoded frames: those that are in flight in the decoder."""
 _LEAST_SAVED = 100
 """Number of frames that seeking must save; below it, decoding in order is as fast."""
+_MOST_WORKERS = 4
+"""Stretches that are decoded at the same time; each decoder keeps some frames of full size."""
 
 
 class Stretch(NamedTuple):
@@ -138,7 +140,7 @@ def pick_by_seeking(
                 if failed:
                     return
 
-    workers = min(os.cpu_count() or 1, len(stretches))
+    workers = min(_MOST_WORKERS, os.cpu_count() or 1, len(stretches))
     with ThreadPoolExecutor(workers, thread_name_prefix="seeking") as pool:
         shares = [range(first, len(stretches), workers) for first in range(workers)]
         for _ in pool.map(decode, shares):
