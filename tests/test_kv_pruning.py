@@ -21,6 +21,7 @@ from dycoke_jax.generation.assemble import TextIds, Visual
 from dycoke_jax.generation.decode import decode_step
 from dycoke_jax.generation.prefill import last_attention, read_prompt, start
 from dycoke_jax.generation.state import Limits, take_token
+from dycoke_jax.generation.walk import walk_prompt
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import random_params
 
@@ -84,7 +85,7 @@ def test_official_equals_the_authors_code(golden, case):
     everything = jnp.ones((1, prompt), bool)
     model = Model(params, config)
     network = model.bind()
-    x, caches, _ = jax.jit(network.language_model.prefill)(
+    x, caches, _ = jax.jit(functools.partial(walk_prompt, network.language_model))(
         embeds, jnp.arange(prompt)[None], everything
     )
     np.testing.assert_allclose(network.logits(x)[0, -4:], data["prefill_logits"], atol=1e-3)

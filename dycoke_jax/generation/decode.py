@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dycoke_jax.cache import Slots
+from dycoke_jax.cache import KV, Slots
 from dycoke_jax.compression.protocol import DecodePruning
 from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
+from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava
+from dycoke_jax.models.qwen2 import Qwen2Layer
 
 
 # The state is donated, so that the caches are updated in place instead of being copied.
@@ -70,25 +72,27 @@ def decode_step(
     mark = jnp.ones((x.shape[0], 1), bool)
     valid = jax.lax.dynamic_update_slice_in_dim(state.valid, mark, slot, axis=1)
 
-    caches, scores = [], None
-    for number, cache in enumerate(state.caches):
-        with jax.named_scope(f"layer_{number}"):
-            x, cache, weights = language.layers[number].decode(x, rope, cache, slot, valid)
-        caches.append(cache)
-        scores = weights
-    state = replace(state, caches=caches, valid=valid)
+    def read(number: int, layer: Qwen2Layer, x: Array) -> tuple[Array, tuple[KV, Array]]:
+        x, cache, weights = layer.decode(x, rope, state.caches[number], slot, valid)
+        return x, (cache, weights)
+
+    split = len(state.caches)  # the first pruned layer
+    x, results = walk(language, x, read, stop=split)
+    scores = results[-1][1]
+    state = replace(state, caches=[cache for cache, _ in results], valid=valid)
 
     if pruning is not None:
-        assert scores is not None  # pruning.layer is at least 1
         with jax.named_scope("kv_pruning"):
             visual = scores[:, :, slots.visual_range].mean(1)
             pruned = pruning.update(state.pruned, visual, index, ~state.done)
-        late = []
-        for number, cache in enumerate(pruned.caches, start=len(caches)):
-            slot = cache.slots - slots.generated + index
-            with jax.named_scope(f"layer_{number}"):
-                x, cache, _ = language.layers[number].decode(x, rope, cache, slot, pruned.visible)
-            late.append(cache)
+
+        def read_pruned(number: int, layer: Qwen2Layer, x: Array) -> tuple[Array, KV]:
+            cache = pruned.caches[number - split]
+            place = cache.slots - slots.generated + index
+            x, cache, _ = layer.decode(x, rope, cache, place, pruned.visible)
+            return x, cache
+
+        x, late = walk(language, x, read_pruned, first=split)
         state = _record(replace(state, pruned=replace(pruned, caches=late)))
     return network.logits(language.norm(x)[:, 0]), state
 

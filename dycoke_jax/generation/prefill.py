@@ -13,6 +13,7 @@ from dycoke_jax.generation.assemble import TextIds, Visual, place_newlines, text
 from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
+from dycoke_jax.generation.walk import walk_prompt
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava
 from dycoke_jax.models.qwen2 import positions_of
@@ -95,7 +96,7 @@ def read_prompt(network: Llava, visual: Visual, text: TextIds) -> PromptRead:
     x = jnp.concatenate([prefix, visual.embeds.astype(prefix.dtype), question], axis=1)
     prefix_valid, question_valid = text_valid(text)
     valid = jnp.concatenate([prefix_valid, visual.valid, question_valid], axis=1)
-    x, caches, inputs = network.language_model.prefill(x, positions_of(valid), valid)
+    x, caches, inputs = walk_prompt(network.language_model, x, positions_of(valid), valid)
     return PromptRead(x, caches, valid, inputs)
 
 

@@ -32,32 +32,6 @@ class Qwen2(nnx.Module):
         """Cosines and sines of the rotary embedding at these positions, for all layers."""
         return rotations(positions, self.config.head_dim, self.config.rope_theta)
 
-    def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        valid: Bool[Array, "B T"],
-    ) -> tuple[Float[Array, "B T D"], list[KV], list[Float[Array, "B T D"]]]:
-        """Runs a whole prompt.
-
-        Args:
-            x: embeddings of the tokens in causal order.
-            positions: rotary position of each slot.
-            valid: slots that hold a token; the others are never attended to.
-
-        Returns:
-            The states after the final norm, the keys and values of each layer, and the input of
-            each layer (the compiler drops inputs that nothing reads).
-        """
-        rope = self.rope(positions)
-        caches, inputs = [], []
-        for index, layer in enumerate(self.layers):
-            inputs.append(x)
-            with jax.named_scope(f"layer_{index}"):
-                x, cache = layer.prefill(x, rope, valid)
-            caches.append(cache)
-        return self.norm(x), caches, inputs
-
 
 class Embedding(nnx.Module):
     """A vector for each entry of the vocabulary."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.generation.assemble import Visual, place_newlines
+from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava, Params
 from dycoke_jax.models.qwen2 import Qwen2Layer, Rope, positions_of
@@ -146,15 +147,18 @@ def score_answers(
     forward = Forward(
         network, model.params, rope, valid, parts, visual, slots, kept, batch.is_answer
     )
-    reads: list[list[Any]] = [[] for _ in auxiliary]
-    for number, layer in enumerate(network.language_model.layers):
-        for one, of_one in zip(auxiliary, reads, strict=True):
-            if (read := one.read(number, layer, x, forward)) is not None:
-                of_one.append(read)
-        x = maybe_rematerialised(lambda x, layer=layer: layer.prefill(x, rope, valid, parts)[0])(x)
+
+    def visit(
+        number: int, layer: Qwen2Layer, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], list[Any]]:
+        reads = [one.read(number, layer, x, forward) for one in auxiliary]
+        run = maybe_rematerialised(lambda x: layer.prefill(x, rope, valid, parts)[0])
+        return run(x), reads
+
+    x, reads = walk(network.language_model, x, visit)
     added = jnp.float32(0)
-    for one, of_one in zip(auxiliary, reads, strict=True):
-        added += one.loss(of_one, forward, targets)
+    for one, of_one in zip(auxiliary, zip(*reads, strict=True), strict=True):
+        added += one.loss([read for read in of_one if read is not None], forward, targets)
     logits = network.logits(network.language_model.norm(x[:, shared.shape[1] :]))
 
     # The logits of a slot predict the next slot. A part begins with its question, so the slot

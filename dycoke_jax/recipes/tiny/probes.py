@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.generation.assemble import place_newlines
+from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
 from dycoke_jax.models.qwen2 import Qwen2Layer, positions_of
@@ -109,8 +110,12 @@ def train_probes(
             features, None, network.image_newline[...], config.newline, config.frame_grid
         )
         x, rope = visual.embeds, network.language_model.rope(positions_of(visual.valid))
-        for layer in network.language_model.layers[:depth]:
-            x = layer.prefill(x, rope, visual.valid)[0]
+        x, _ = walk(
+            network.language_model,
+            x,
+            lambda _, layer, x: (layer.prefill(x, rope, visual.valid)[0], None),
+            stop=depth,
+        )
         targets = targets.reshape(targets.shape[0], -1, len(_PROBED))
         # The norm makes the loss independent of the scale of the states.
         x = network.language_model.norm(x[:, : targets.shape[1]])
