@@ -1,12 +1,13 @@
 """Streams that look odd and lose nothing are read without complaint; torn ones are refused."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from support.clips import frame_numbers, textured, write_clip
+from support.clips import frame_numbers, numbered_frame, textured, write_clip
 from support.ffmpeg import ffmpeg, ffmpeg_frames
 
 from dycoke_jax.errors import VideoError
@@ -82,6 +83,27 @@ def test_leading_pictures_behind_a_cut_do_not_count(tmp_path: Path, codec: str, 
     assert duration == pytest.approx(len(numbers) / rate)
 
 
+def test_leading_pictures_behind_the_cut_of_a_joined_part_do_not_count(tmp_path: Path) -> None:
+    options = {"x265-params": "keyint=12:bframes=3:log-level=none"}
+    whole = tmp_path / "whole.ts"
+    write_clip(whole, textured(60), fps=25, codec="libx265", options=options)
+    parts = []
+    for start, seconds in ((0, 0.9), (0.96, 1.4), (1.92, 0.5)):
+        part = tmp_path / f"{start}.ts"
+        ffmpeg("-ss", start, "-i", whole, "-t", seconds, "-c", "copy", "-copyts", part)
+        parts.append(part.read_bytes())
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(parts))
+    with av.open(str(path)) as container:
+        packets = sum(packet.size > 0 for packet in container.demux(video=0))
+    clip = read_clip(path, ALL, SIZE)
+    numbers = frame_numbers(clip.frames)
+    assert numbers == frame_numbers(ffmpeg_frames(path))
+    assert len(numbers) == packets - 3, "no leading pictures are lost"
+    assert len(clip.notes) == 1
+    assert "unevenly spaced" in clip.notes[0]
+
+
 # Pictures that are not coded
 
 
@@ -125,6 +147,17 @@ def test_whole_files_that_were_joined_are_read_one_after_the_other(
     assert frame_numbers(clip.frames) == [0, 1, 26]
 
 
+def test_joined_files_of_different_sizes_are_read(tmp_path: Path) -> None:
+    small = write_clip(tmp_path / "small.ts", 20).read_bytes()
+    pictures = [numbered_frame(number, 128, 256) for number in range(20, 40)]
+    large = write_clip(tmp_path / "large.ts", pictures).read_bytes()
+    path = tmp_path / "joined.ts"
+    path.write_bytes(small + large + small)
+    numbers, duration = read_all(path)
+    assert numbers == [*range(40), *range(20)]
+    assert duration == pytest.approx(6.0)
+
+
 def test_a_counter_that_jumps_is_no_damage(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.ts", textured(40))
     data = bytearray(path.read_bytes())
@@ -158,3 +191,108 @@ def test_timestamps_of_a_clip_without_any_are_those_of_its_rate(tmp_path: Path) 
     clip = read_clip(path, FrameSampling(frames=30), SIZE)
     assert frame_numbers(clip.frames) == list(range(30))
     assert clip.times == pytest.approx(tuple(np.arange(30) / float(rate or Fraction(25))))
+
+
+@pytest.mark.parametrize(
+    ("codec", "name", "options"),
+    [
+        ("libx264", "joined.ts", {"bf": "3"}),
+        ("mpeg2video", "joined.ts", {"bf": "2", "g": "12"}),
+        ("mpeg2video", "joined.mpg", {"bf": "2", "g": "12"}),
+        ("mpeg1video", "joined.mpg", {"bf": "2", "g": "12"}),
+    ],
+)
+def test_joined_files_with_b_frames_are_of_even_times(
+    tmp_path: Path, codec: str, name: str, options: dict[str, str]
+) -> None:
+    path = tmp_path / name
+    parts = []
+    for count in (24, 30, 12, 40):
+        part = tmp_path / f"{count}{name[-4:]}"
+        write_clip(part, count, fps=25, codec=codec, options=options)
+        parts.append(part.read_bytes())
+    path.write_bytes(b"".join(parts))
+    numbers, duration = read_all(path)
+    assert numbers == [*range(24), *range(30), *range(12), *range(40)]
+    assert duration == pytest.approx(106 / 25)
+
+
+@pytest.mark.parametrize("tick", range(8, 36, 3))
+def test_a_transport_stream_torn_between_frames_is_refused(tmp_path: Path, tick: int) -> None:
+    """The decoder conceals what is missing; only a counter and the times show the hole."""
+    path = write_clip(tmp_path / "clip.ts", textured(40), options={"g": "40", "bf": "3"})
+    data = path.read_bytes()
+    place = len(data) // 188 * tick // 40 * 188
+    path.write_bytes(data[:place] + data[place + 10 * 188 :])
+    for read in (lambda: read_clip(path, ALL, SIZE), lambda: check_clip(path)):
+        with pytest.raises(VideoError, match="is damaged"):
+            read()
+    clip = read_clip(path, ALL, SIZE, allow_damaged=True)
+    assert len(clip.frames) < 40
+    assert "is damaged" in clip.notes[0]
+
+
+# Empty chunks of AVI
+
+
+def with_empty_chunks(path: Path, places: list[int], total: int) -> Path:
+    """Rewrites an AVI file so that its chunks are at these places and all others are empty."""
+    data = path.read_bytes()
+    movi = data.index(b"movi")
+    header, place, end = bytearray(data[: movi - 8]), movi + 4, data.index(b"idx1")
+    chunks = []
+    while place < end:
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        chunks.append(data[place + 8 : place + 8 + size])
+        place += 8 + size + size % 2
+    chunks = [chunk for chunk in chunks if chunk]
+    body, index = b"movi", b""
+    for number in range(total):
+        chunk = chunks[places.index(number)] if number in places else b""
+        index += struct.pack("<4sIII", b"00dc", 0x10 * (number == places[0]), len(body), len(chunk))
+        body += struct.pack("<4sI", b"00dc", len(chunk)) + chunk + b"\0" * (len(chunk) % 2)
+    for name, offset in ((b"avih", 24), (b"strh", 40)):
+        start = header.index(name) + offset
+        header[start : start + 4] = struct.pack("<I", total)
+    lists = struct.pack("<4sI", b"LIST", len(body)) + body
+    lists += struct.pack("<4sI", b"idx1", len(index)) + index
+    header[4:8] = struct.pack("<I", len(header) + len(lists) - 8)
+    path.write_bytes(bytes(header) + lists)
+    return path
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264", "mjpeg"])
+@pytest.mark.parametrize(
+    ("places", "total"),
+    [
+        ([*range(5, 15)], 15),
+        ([*range(10)], 18),
+        ([*range(3, 13)], 21),
+        ([*range(0, 20, 2)], 20),
+        ([0, 1, 2, 3, 8, 9, 10, 11, 12, 13], 14),
+    ],
+    ids=["start", "end", "both", "every second", "middle"],
+)
+def test_empty_chunks_keep_the_picture_before_on_screen(
+    tmp_path: Path, codec: str, places: list[int], total: int
+) -> None:
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    options = {"bf": "0"} if codec == "libx264" else {}
+    path = write_clip(tmp_path / "clip.avi", 10, codec=codec, pix_fmt=pix_fmt, options=options)
+    with_empty_chunks(path, places, total)
+    check_clip(path)
+    clip = read_clip(path, FrameSampling(10), SIZE)
+    assert frame_numbers(clip.frames) == list(range(10))
+    starts = [place - places[0] for place in places]
+    assert clip.times == pytest.approx([start / 10 for start in starts])
+    assert clip.duration == pytest.approx((total - places[0]) / 10)
+    is_even = len(set(np.diff(places).tolist())) == 1
+    assert len(clip.notes) == (0 if is_even else 1)
+    assert is_even or "unevenly spaced" in clip.notes[0]
+
+
+def test_an_avi_that_is_cut_is_said_to_lack_frames(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.avi", textured(30), codec="mjpeg", pix_fmt="yuvj420p")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    notes = read_clip(path, FrameSampling(2), SIZE, allow_damaged=True).notes
+    assert any("its header promises 30 frames" in note for note in notes)

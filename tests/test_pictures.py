@@ -1,13 +1,14 @@
 """Still pictures, picture animations and folders of pictures, read by Pillow."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from support.clips import frame_numbers, numbered_frame, write_clip
-from support.ffmpeg import ffmpeg_frames
+from support.ffmpeg import ffmpeg, ffmpeg_frames
 
 from dycoke_jax.errors import VideoError
 from dycoke_jax.inputs import FrameSampling, check_clip, read_clip, resize
@@ -176,3 +177,81 @@ def test_a_picture_in_memory_is_read(tmp_path: Path) -> None:
     assert frame_numbers(read_clip(file.getvalue(), FrameSampling(1), SIZE).frames) == [12]
     file.seek(0)
     assert frame_numbers(read_clip(file, FrameSampling(1), SIZE).frames) == [12]
+
+
+# Details of animations
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_picture_of_an_animated_png_for_readers_of_stills_is_no_frame(
+    tmp_path: Path, count: int
+) -> None:
+    path = tmp_path / "a.png"
+    pictures = [Image.fromarray(numbered_frame(number)) for number in NUMBERS[:count]]
+    still = Image.fromarray(numbered_frame(200))
+    still.save(path, save_all=True, append_images=pictures, default_image=True, duration=200)
+    clip = read_clip(path, FrameSampling(count), SIZE)
+    assert frame_numbers(clip.frames) == NUMBERS[:count]
+    assert clip.times == pytest.approx(tuple(np.arange(count) / 5))
+    assert clip.notes == ()
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a.avif"])
+@pytest.mark.parametrize("delay", [8, 16, 17])
+def test_short_delays_are_kept_where_players_keep_them(
+    tmp_path: Path, name: str, delay: int
+) -> None:
+    clip = read_clip(animation(tmp_path / name, [delay] * 6), FrameSampling(6), SIZE)
+    assert clip.times == pytest.approx(tuple(delay * index / 1000 for index in range(6)))
+    assert clip.duration == pytest.approx(delay * 6 / 1000)
+
+
+def test_delays_of_a_fraction_of_a_millisecond_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "clip.apng"
+    ffmpeg("-f", "lavfi", "-i", "testsrc=r=30:d=3:s=64x64", path)
+    clip = read_clip(path, FrameSampling(2), SIZE)
+    assert clip.times == pytest.approx((0.0, 89 / 30))
+    assert clip.duration == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])
+@pytest.mark.parametrize("disposal", [0, 1, 2])
+def test_frames_of_an_animation_are_composed_as_pillow_composes_them(
+    tmp_path: Path, name: str, disposal: int
+) -> None:
+    pictures = []
+    for number in NUMBERS[:4]:
+        values = np.zeros((64, 128, 4), np.uint8)
+        values[..., :3] = numbered_frame(number)
+        values[:, number : number + 40, 3] = 255
+        pictures.append(Image.fromarray(values))
+    path = tmp_path / name
+    settings = {"lossless": True} if name.endswith("webp") else {"disposal": disposal}
+    delays = [100, 300, 50, 200]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=delays, **settings)
+    with Image.open(path) as image:
+        expected = [resize(frame, SIZE) for frame in ImageSequence.Iterator(image)]
+    clip = read_clip(path, FrameSampling(4), SIZE)
+    np.testing.assert_array_equal(clip.frames, expected)
+    assert clip.times == pytest.approx((0.0, 0.1, 0.4, 0.45))
+    assert clip.duration == pytest.approx(0.65)
+
+
+# Names in folders
+
+
+def test_names_of_every_kind_are_sorted_and_links_are_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    names = ["1.png", "2.png", "010.png", "A.png", "a.png", "IMG_2.png", "img_10.png", "\u0663.png"]
+    for number, name in reversed([*enumerate(names)]):
+        Image.fromarray(numbered_frame(number)).save(folder / name)
+    (folder / "a2.png").symlink_to(folder / "a.png")
+    (folder / "broken.png").symlink_to(folder / "nowhere.png")
+    (folder / "inner").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    clip = read_clip(folder, FrameSampling(32), SIZE)
+    assert frame_numbers(clip.frames) == [0, 1, 2, 4, 3, 4, 5, 6, 7]
+    assert clip.notes == (f"{folder}: left aside what is no picture (3)",)
+    with pytest.raises(VideoError, match="is no regular file"):
+        read_clip(folder / "pipe.png", ALL, SIZE)

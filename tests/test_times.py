@@ -198,3 +198,19 @@ def test_frames_are_counted_as_they_are_read(tmp_path: Path, name: str) -> None:
     path = timed_clip(tmp_path / name, starts)
     for sampling in (FrameSampling(5), FrameSampling(64, fps=1.0), FrameSampling(6, fps=3.0)):
         assert count_frames(path, sampling) == len(read_clip(path, sampling, SIZE).frames)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+def test_a_last_picture_that_stays_is_part_of_the_duration(tmp_path: Path, name: str) -> None:
+    plain = write_clip(tmp_path / "plain.mp4", 20, options={"bf": "0"})
+    path = tmp_path / name
+    with av.open(str(plain)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(video=0) if packet.size]
+        packets[-1].duration = 31 * packets[0].duration
+        for packet in packets:
+            packet.stream = stream
+            new.mux(packet)
+    clip = read_clip(path, FrameSampling(20), SIZE)
+    assert clip.times == pytest.approx(tuple(np.arange(20) / 10))
+    assert clip.duration == pytest.approx(5.0)

@@ -117,3 +117,86 @@ def test_a_path_object_of_another_library_is_a_path(tmp_path):
 
     write_clip(tmp_path / "clip.mp4", 4)
     assert frame_numbers(read(Remote()).frames) == [0, 1, 2, 3]
+
+
+class Reader:
+    """A file object of another library."""
+
+    name = "odd\nname"
+
+    def __init__(self, given):
+        self.given = given
+
+    def read(self):
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (RuntimeError("two\nlines"), r"cannot be read \(two\\nlines\)"),
+        (EOFError("it ended"), r"cannot be read \(it ended\)"),
+        (None, "gives NoneType, not bytes"),
+        ((True, FRAMES[0]), "gives tuple, not bytes"),
+        (b"text\0", r"odd\\nname is not a video"),
+    ],
+)
+def test_whatever_a_file_object_does_the_message_is_one_line(given, says):
+    with pytest.raises(VideoError, match=says) as caught:
+        read(Reader(given))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [io.BytesIO, np.ndarray, torch.Tensor, Image.Image, Path])
+def test_a_class_is_no_video(kind):
+    with pytest.raises(RequestError, match="a video cannot be a "):
+        read(kind)
+
+
+def test_a_closed_file_is_refused(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", 4)
+    with path.open("rb") as opened:
+        pass
+    with pytest.raises(VideoError, match="cannot be read"):
+        read(opened)
+
+
+def test_an_endless_path_is_not_repeated_in_the_message():
+    for video in ("x" * 100_000, b"x" * 100_000):
+        with pytest.raises(VideoError, match=r"100000 characters") as caught:
+            read(video)
+        assert len(str(caught.value)) < 300
+
+
+def test_an_image_whose_file_is_torn_or_closed_is_refused(tmp_path):
+    path = tmp_path / "torn.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    closed = Image.open(path)
+    closed.close()
+    path.write_bytes(path.read_bytes()[:-500])
+    with Image.open(path) as torn:
+        for image in (torn, closed):
+            with pytest.raises(VideoError, match="frame 1 cannot be read"):
+                read([FRAMES[0], image])
+
+
+def test_a_sixteen_bit_image_keeps_its_greys():
+    clip = read([Image.fromarray(np.full((8, 8), 20000, np.uint16))])
+    assert (clip.frames == 20000 // 256).all()
+
+
+@pytest.mark.parametrize("frames", [5 * 10**6, 10**12, 2**62, 2**63 - 1])
+def test_more_frames_than_fit_in_memory_are_refused(tmp_path, frames):
+    path = write_clip(tmp_path / "clip.mp4", 4)
+    with pytest.raises(VideoError, match=f"{frames} frames"):
+        read_video(path, FrameSampling(frames), 3072)  # 128 TiB
+    assert len(read_video(path, FrameSampling(frames, fps=5.0), SIZE).frames) == 2
+
+
+@pytest.mark.parametrize("fps", [5e-324, 1e-300, 1e-9, 1e9, 1e300])
+def test_absurd_rates_give_the_first_frame_or_all(tmp_path, fps):
+    path = write_clip(tmp_path / "clip.mp4", 4)
+    numbers = frame_numbers(read_video(path, FrameSampling(8, fps=fps), SIZE).frames)
+    assert numbers == ([0] if fps < 1 else [0, 1, 2, 3])

@@ -48,7 +48,7 @@ def read_video(
     if is_readable(video):
         return read_clip(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
     frames = list(video) if isinstance(video, list | tuple) else None
-    if hasattr(video, "shape") and is_frame(video):
+    if hasattr(video, "shape") and is_frame(video) and not isinstance(video, type):
         return clip_from_array(video, size)
     if frames and all(is_frame(frame) for frame in frames):
         return clip_from_array(frames, size)
@@ -62,7 +62,8 @@ def read_video(
 
 def is_readable(video: Any) -> bool:
     """Whether a video is a path, the bytes of a file or an open file."""
-    return isinstance(video, str | os.PathLike | bytes | bytearray | memoryview | OpenFile)
+    kinds = str | os.PathLike | bytes | bytearray | memoryview | OpenFile
+    return isinstance(video, kinds) and not isinstance(video, type)
 
 
 def has_times(video: Any) -> bool:

@@ -58,7 +58,7 @@ def clip_from_array(
     else:
         pictures = [*_array(frames)]
     return Clip(
-        frames=np.stack([resize(picture, size) for picture in pictures]),
+        frames=np.stack([_resized(picture, n, size) for n, picture in enumerate(pictures)]),
         times=tuple(index / fps for index in range(len(pictures))),
         duration=len(pictures) / fps,
     )
@@ -67,6 +67,15 @@ def clip_from_array(
 def is_frame(value: object) -> bool:
     """Whether a value is an array or a Pillow image, and not a nested list of numbers."""
     return isinstance(value, Image.Image) or hasattr(value, "__array__")
+
+
+def _resized(
+    picture: Image.Image | UInt8[np.ndarray, "height width 3"], number: int, size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    try:
+        return resize(picture, size)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow reads a file as late as here
+        raise VideoError(f"frame {number} cannot be read ({error})") from error
 
 
 def _picture(frame: object, number: int) -> Image.Image | UInt8[np.ndarray, "height width 3"]:
@@ -98,7 +107,7 @@ def _to_numpy(value: object) -> np.ndarray:
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise VideoError(
             f"a {type(value).__name__} cannot be read as an array of frames ({reason})"
         ) from error

@@ -44,6 +44,7 @@ _PICTURE_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"
 _OPTIONS = {"format_whitelist": f"{_VIDEO},{_OTHER}", "protocol_whitelist": "file"}
 
 _PICTURES = "give a file such as MP4, MKV, WebM or AVI"
+_LONGEST_NAME = 4096  # characters; a path cannot be longer
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Source:
 
 def folder_of(readable: Readable) -> Path | None:
     """Returns the path of a folder; None if the argument is anything else."""
-    if isinstance(readable, bytes | bytearray) and b"\0" not in readable:
+    if isinstance(readable, bytes | bytearray | memoryview) and b"\0" not in bytes(readable):
         readable = os.fsdecode(bytes(readable))
     if not isinstance(readable, str | os.PathLike) or not os.fspath(readable):
         return None
@@ -93,14 +94,18 @@ def find_source(readable: Readable) -> Source:
             return _in_memory("the clip given as bytes", data)
         readable = os.fsdecode(data)
     if not isinstance(readable, str | os.PathLike):
-        name = getattr(readable, "name", None)
+        name = getattr(readable, "name", None) or "the clip given as a file object"
         try:
             data = readable.read()
-        except (OSError, ValueError) as error:
-            raise VideoError(f"the file object of the clip cannot be read ({error})") from error
+        except Exception as error:  # which errors there are is up to the class of the object
+            reason = _printable(str(error))
+            raise VideoError(f"the file object of the clip cannot be read ({reason})") from error
         if not isinstance(data, bytes | bytearray | memoryview):
-            raise VideoError("the file object of the clip gives texts; open the file in mode 'rb'")
-        return _in_memory(str(name or "the clip given as a file object"), bytes(data))
+            raise VideoError(
+                f"the file object of the clip gives {type(data).__name__}, not bytes; open the "
+                "file in mode 'rb'"
+            )
+        return _in_memory(_printable(str(name)), bytes(data))
     return _on_disk(os.fsdecode(readable))
 
 
@@ -110,10 +115,16 @@ def _in_memory(name: str, data: bytes) -> Source:
     return Source(name, data, data[:4096])
 
 
+def _printable(text: str) -> str:
+    """Makes a text part of a message of one line: control codes escaped, an endless text cut."""
+    if len(text) > _LONGEST_NAME:
+        text = f"{text[:50]}... ({len(text)} characters)"
+    return "".join(c if c.isprintable() or ord(c) > 255 else ascii(c)[1:-1] for c in text)
+
+
 def _on_disk(path: str) -> Source:
     file = Path(path)
-    # A message is one line, whatever the name.
-    name = "".join(ascii(c)[1:-1] if ord(c) < 32 else c for c in path) or "''"
+    name = _printable(path) or "''"
     try:
         if not file.exists():
             raise VideoError(f"{name}: no such file; check the path")

@@ -25,5 +25,7 @@ def resize(
     """
     # The reference uses Pillow, and other libraries' bicubic filters give different pixels.
     image = frame if isinstance(frame, Image.Image) else Image.fromarray(frame)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     return np.array(image)

@@ -28,8 +28,11 @@ _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM
 _ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")
 """Formats whose further pictures are an animation, and not pages or previews."""
 
-_SHORTEST_MS, _DEFAULT_MS = 20, 100
-"""Players show a picture of an animation with a shorter delay for the default one."""
+_SHORTEST_GIF_MS, _DEFAULT_MS = 20, 100
+"""Players show a picture of a GIF with a shorter delay for the default one, and so does FFmpeg.
+
+In other formats only a delay of zero stands for the default one.
+"""
 
 
 def is_picture(source: Source) -> bool:
@@ -69,18 +72,21 @@ def read_picture(
     notes = []
     with image:
         pictures = getattr(image, "n_frames", 1)
+        # Of an animated PNG the first picture may be for readers of stills only.
+        first = int(getattr(image, "default_image", False))
+        pictures -= first
         if image.format not in _ANIMATED:
             if image.format == "TIFF" and pictures > 1:
                 notes.append(f"{source.name} holds {pictures} pages; the first is used")
             pictures = 1
         try:
-            timeline = _timeline(image, pictures)
+            timeline = _timeline(image, first, pictures)
             indices, times = choose_frames(timeline, sampling)
             frames = {}
             goal = int(indices[-1]) + 1
             for index in np.unique(indices).tolist():
-                image.seek(index)
-                frames[index] = resize(_rgb(image), size)
+                image.seek(first + index)
+                frames[index] = resize(ImageOps.exif_transpose(image), size)
                 if progress is not None:
                     progress("decoding frames", index + 1, goal)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
@@ -116,7 +122,7 @@ def pictures_of(folder: Path) -> list[Path]:
         raise VideoError(
             f"{folder} is a folder without pictures; name a video file or a folder of pictures"
         )
-    return sorted(pictures, key=_natural)
+    return sorted(pictures, key=lambda file: _natural(file.name))
 
 
 def read_pictures(
@@ -153,10 +159,13 @@ def read_pictures(
     return Clip(np.concatenate(frames), times, timeline.duration, tuple(notes))
 
 
-def _natural(file: Path) -> list[tuple[bool, int, str]]:
-    """Sort key of a file name in which numbers count by their value."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", file.name)
-    return [(not p[0].isdecimal(), int(p) if p[0].isdecimal() else 0, p.lower()) for p in parts]
+def _natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+    """Sort key of a file name in which numbers count by their value, and case does not."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    numbered = [
+        (False, int(p), "") if p[0] in "0123456789" else (True, 0, p.lower()) for p in parts
+    ]
+    return numbered, name
 
 
 def _open(source: Source) -> Image.Image | None:
@@ -169,25 +178,18 @@ def _open(source: Source) -> Image.Image | None:
         raise VideoError(f"{source.name} is a picture that cannot be read ({error})") from error
 
 
-def _timeline(image: Image.Image, pictures: int) -> Timeline:
-    """Returns the times of a picture's frames."""
+def _timeline(image: Image.Image, first: int, pictures: int) -> Timeline:
+    """Returns the times of an image's pictures from the first one of the animation on."""
     if pictures == 1:
         return even_timeline(1, 1.0)
+    shortest = _SHORTEST_GIF_MS if image.format == "GIF" else 0
     delays = []
-    for index in range(pictures):
+    for index in range(first, first + pictures):
         image.seek(index)
         image.load()
-        delay = round(image.info.get("duration", 0))
-        delays.append(delay if delay >= _SHORTEST_MS else _DEFAULT_MS)
+        delay = image.info.get("duration", 0)
+        delays.append(delay if delay > 0 and delay >= shortest else _DEFAULT_MS)
     unit = 10 if image.format == "GIF" else 1
-    starts = np.cumsum([0, *delays]) // unit
-    return measure_timeline(starts[:-1], int(starts[-1]), Fraction(unit, 1000), [])
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Returns the current frame of an image, upright and as 8-bit RGB."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
-        values = np.asarray(upright)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    return upright.convert("RGB")
+    starts = np.rint(np.cumsum([0, *delays]) / unit).astype(int)
+    rates = [1000 / delays[0]] if min(delays) == max(delays) else []
+    return measure_timeline(starts[:-1], int(starts[-1]), Fraction(unit, 1000), rates)

@@ -1,6 +1,6 @@
 """Chooses which frames of a clip are used, from their number and their times."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Real
 
@@ -38,6 +38,12 @@ class FrameSampling:
             if isinstance(self.fps, Real) and not 0 < self.fps < float("inf"):
                 raise ConfigError(f"fps is {self.fps}; a number above 0 is needed")
             object.__setattr__(self, "fps", checks.number("fps", self.fps, 0, with_low=False))
+
+
+_MOST_FRAMES = 10**8
+"""More are surely too many for any memory, and too many for NumPy in the end."""
+_LONG = 0.5
+"""Seconds; less is often only a false rate in the header, by which FFmpeg guesses a duration."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +95,11 @@ def measure_timeline(
     measured = (total - 1) / float(starts[-1])
     for rate in _candidates(measured, header_rates, int(ticks[1] - ticks[0]) * tick):
         if _is_even(ticks, 1 / (rate * float(tick))):
-            return even_timeline(total, rate)
+            even = even_timeline(total, rate)
+            seconds = float((end - int(ticks[0])) * tick)
+            # The last picture may stay on screen for longer than the others.
+            is_longer = seconds > even.duration + max(1 / rate, _LONG)
+            return replace(even, duration=seconds) if is_longer else even
     last = float((end - int(ticks[-1])) * tick)
     if last <= 0:
         last = float(np.median(np.diff(starts)))
@@ -138,7 +148,7 @@ def choose_frames(
             indices = np.searchsorted(timeline.starts, moments + tolerance, side="right") - 1
             return indices, tuple(moments.tolist())
         frames = min(frames, timeline.total)
-    indices = np.linspace(0, timeline.total - 1, frames, dtype=int)
+    indices = _spread(timeline.total, frames)
     return indices, tuple(timeline.starts[indices].tolist())
 
 
@@ -165,7 +175,14 @@ def frame_indices(total: int, average_fps: float, sampling: FrameSampling) -> In
     step = _fps_step(total, average_fps, sampling)
     if step is not None:
         return np.arange(0, total, step)
-    return np.linspace(0, total - 1, sampling.frames, dtype=int)
+    return _spread(total, sampling.frames)
+
+
+def _spread(total: int, frames: int) -> Int[np.ndarray, "F"]:
+    """Returns indices that are spread evenly, from the first to the last."""
+    if frames > _MOST_FRAMES:
+        raise VideoError(f"{frames} frames do not fit in memory; sample fewer")
+    return np.linspace(0, total - 1, frames, dtype=int)
 
 
 def frame_times(total: int, average_fps: float, sampling: FrameSampling) -> tuple[float, ...]:
@@ -186,5 +203,6 @@ def _fps_step(total: int, average_fps: float, sampling: FrameSampling) -> int | 
     """Returns the index step of sampling at ``sampling.fps``; None for even sampling."""
     if sampling.fps is None:
         return None
-    step = max(1, round(average_fps / sampling.fps))
+    # A step beyond the end takes the first frame alone; the quotient may be infinite.
+    step = max(1, round(min(average_fps / sampling.fps, total)))
     return step if len(range(0, total, step)) <= sampling.frames else None

@@ -13,6 +13,7 @@ import av
 import numpy as np
 from jaxtyping import Bool, Int
 
+from dycoke_jax.inputs.avi_index import indexed_chunks
 from dycoke_jax.inputs.container import Source, open_container, video_stream
 from dycoke_jax.inputs.entry_points import is_entry_point
 from dycoke_jax.inputs.sampling import Timeline, even_timeline, measure_timeline
@@ -33,6 +34,7 @@ class Packets:
         is_key: whether it is marked as a key frame.
         is_entry: whether decoding can start there, by the bitstream of its codec.
         is_empty: whether it is so small that it may hold no coded picture.
+        is_incomplete: whether FFmpeg marks it as corrupt.
     """
 
     pts: Int[np.ndarray, "packets"]
@@ -43,9 +45,17 @@ class Packets:
     is_key: Bool[np.ndarray, "packets"]
     is_entry: Bool[np.ndarray, "packets"]
     is_empty: Bool[np.ndarray, "packets"]
+    is_incomplete: Bool[np.ndarray, "packets"]
 
     def __len__(self) -> int:
         return len(self.pts)
+
+    @property
+    def jumps(self) -> Int[np.ndarray, "packets"]:
+        """Whether time jumps right before a packet: 1 forwards, -1 backwards, 0 not at all."""
+        steps = np.diff(self.dts, prepend=self.dts[:1])
+        usual = np.median(steps[steps > 0]) if (steps > 0).any() else 0
+        return (steps > 1.5 * usual).astype(np.int64) - (steps < 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +67,13 @@ class Scan:
         order: packet numbers of the frames, in the order of presentation.
         has_pts: whether decoded frames carry the timestamps in ``packets.pts``.
         has_times: whether the file has timestamps at all.
+        is_in_order_avi: whether the frames are in the order of decoding and have only timestamps of
+            decoding, so that these are their times. For H.264, FFmpeg gives later ones.
+        tail: time in ticks for which empty samples keep the last picture on screen, beyond its own
+            duration.
         tick: unit of the timestamps, in seconds.
         header_rates: frame rates that the header suggests, in frames a second, without those that
             cannot be.
-        incomplete: number of packets that FFmpeg marks as corrupt. Often it is only that a counter
-            jumps, where whole files were joined.
         damage: the damage, as a phrase that follows the file's name ("is cut: ..."); None if none.
         notes: oddities of the file that are not damage.
     """
@@ -70,9 +82,10 @@ class Scan:
     order: Int[np.ndarray, "frames"]
     has_pts: bool
     has_times: bool
+    is_in_order_avi: bool
+    tail: int
     tick: Fraction
     header_rates: list[float]
-    incomplete: int
     damage: str | None
     notes: tuple[str, ...]
 
@@ -80,6 +93,14 @@ class Scan:
     def total(self) -> int:
         """Number of frames that should be decodable."""
         return len(self.order)
+
+    @property
+    def incomplete(self) -> int:
+        """Number of packets that FFmpeg marks as corrupt.
+
+        Often it is only that a counter jumps, where whole files were joined.
+        """
+        return int(self.packets.is_incomplete.sum())
 
     @property
     def pts(self) -> Int[np.ndarray, "frames"]:
@@ -91,14 +112,15 @@ class Scan:
         """The times of the frames, of which there is at least one."""
         if not self.has_times:
             return self.nominal_timeline(self.total)
-        return self.timeline_of(self.pts, self.packets.duration[self.order])
+        pts = self.packets.dts[self.order] if self.is_in_order_avi else self.pts
+        return self.timeline_of(pts, self.packets.duration[self.order])
 
     def timeline_of(
         self, pts: Int[np.ndarray, "shown"], duration: Int[np.ndarray, "shown"]
     ) -> Timeline:
         """Returns the times of frames with these timestamps and durations in ticks."""
         ticks = _joined(pts, duration)
-        end = int(ticks[-1] + duration[-1])
+        end = int(ticks[-1] + duration[-1]) + self.tail
         return measure_timeline(ticks, end, self.tick, self.header_rates)
 
     def nominal_timeline(self, total: int) -> Timeline:
@@ -135,13 +157,16 @@ def scan(source: Source) -> Scan:
         VideoError: if it cannot be opened or has no video stream that can be decoded.
     """
     damage = None
-    hidden = incomplete = complete = complete_incomplete = 0
+    hidden = complete = tail_end = 0
     table = array("q")  # the fields of Packets, one packet after the other
     count = 0
     has_pts = has_times = True
     with open_container(source) as container:
         stream = video_stream(source, container)
         codec, extradata = stream.codec_context.name, stream.codec_context.extradata
+        is_avi = container.format.name == "avi"
+        is_in_order_avi = is_avi and not stream.codec_context.has_b_frames
+        stream_index = stream.index
         is_mp4 = "mp4" in container.format.name.split(",")
         # These formats have no presentation timestamps; FFmpeg sets those of decoding.
         if container.format.name in ("avi", "asf") and stream.codec_context.has_b_frames:
@@ -156,7 +181,11 @@ def scan(source: Source) -> Scan:
                 if not size:
                     # An empty sample extends the previous frame's duration. The empty packet
                     # without a timestamp is not a sample: PyAV emits it at the end.
-                    hidden += dts is not None
+                    if dts is not None:
+                        hidden += 1
+                        if not packet.is_discard:
+                            start = dts if packet.pts is None else packet.pts
+                            tail_end = max(tail_end, start + (packet.duration or 0))
                     continue
                 pts = packet.pts
                 if pts is None:
@@ -176,12 +205,11 @@ def scan(source: Source) -> Scan:
                         is_key,
                         is_key and is_entry_point(packet, codec, extradata),
                         codec == "mpeg4" and size < _TINY_MPEG4,
+                        packet.is_corrupt,
                     )
                 )
-                if packet.is_corrupt:
-                    incomplete += 1
-                else:
-                    complete, complete_incomplete = count, incomplete
+                if not packet.is_corrupt:
+                    complete = count
         except av.FFmpegError as error:
             damage = f"cannot be read to its end ({error.strerror})"
         tick = stream.time_base or Fraction(1)
@@ -189,12 +217,20 @@ def scan(source: Source) -> Scan:
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
 
     # A recording may end in the middle of a packet.
-    incomplete = complete_incomplete
-    columns = np.array(table, np.int64).reshape(-1, 8)[:complete].T
+    columns = np.array(table, np.int64).reshape(-1, 9)[:complete].T
     packets = Packets(*columns[:4], *columns[4:].astype(bool))
     order = np.array(list(_presentation_order(packets)), np.int64)
     frames = len(order)
     hidden += len(packets) - frames
+
+    tail = max(0, tail_end - int(max(packets.pts + packets.duration, default=0)))
+    if is_avi and promised > frames:
+        chunks = indexed_chunks(source, stream_index, promised)
+        if chunks == promised and frames:
+            tail = promised - int(max(packets.dts + packets.duration))
+            promised = frames
+    if not damage and (holes := _holes(packets)):
+        damage = f"is damaged: packets are missing at {holes} {'places' if holes > 1 else 'place'}"
 
     end = float(max(packets.pts + packets.duration, default=0) * tick)
     notes = []
@@ -212,7 +248,16 @@ def scan(source: Source) -> Scan:
     if not header_rates and seconds:
         header_rates = [max(frames, 1) / seconds]
     return Scan(
-        packets, order, has_pts, has_times, tick, header_rates, incomplete, damage, tuple(notes)
+        packets,
+        order,
+        has_pts,
+        has_times,
+        is_in_order_avi,
+        tail,
+        tick,
+        header_rates,
+        damage,
+        tuple(notes),
     )
 
 
@@ -230,12 +275,29 @@ def _presentation_order(packets: Packets) -> Iterator[int]:
         yield from shown[np.argsort(packets.pts[shown], kind="stable")].tolist()
 
 
+def _holes(packets: Packets) -> int:
+    """Returns at how many places packets are missing.
+
+    There, FFmpeg marks a packet as corrupt because a counter jumps, and time jumps too. Where files
+    were joined, a key frame follows, and nothing is missing.
+    """
+    if not packets.is_incomplete.any():
+        return 0
+    # FFmpeg's parser may put the mark on the packet before the torn one.
+    is_near = np.convolve(packets.is_incomplete, [1, 1, 1])[1:-2] > 0
+    is_gap = packets.jumps[1:] > 0
+    return int((is_gap & is_near & ~packets.is_key[1:]).sum())
+
+
 def _joined(
     pts: Int[np.ndarray, "frames"], duration: Int[np.ndarray, "frames"]
 ) -> Int[np.ndarray, "frames"]:
     """Shifts timestamps that start again, so that each part follows the end of the one before."""
     pts = pts.copy()
     for restart in 1 + np.flatnonzero(np.diff(pts) < 0):
+        if restart > 1 and pts[restart - 1] - pts[restart - 2] == 2 * duration[restart - 2]:
+            # In MPEG program streams, FFmpeg guesses it by what follows, one frame too late.
+            pts[restart - 1] -= duration[restart - 2]
         end = pts[restart - 1] + max(int(duration[restart - 1]), 1)
         pts[restart:] += end - pts[restart]
     return pts
@@ -250,7 +312,7 @@ def _is_spaced_out(packets: Packets, promised: int) -> bool:
     if len(packets) < 2:
         return False
     steps = np.diff(packets.pts)
-    return bool(steps.max() > 1 and packets.pts[-1] + steps.max() >= promised)
+    return bool(packets.pts[-1] + steps.max() >= promised)
 
 
 def _is_hidden(packet: av.Packet, codec: str) -> bool:

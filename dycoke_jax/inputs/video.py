@@ -60,6 +60,21 @@ def read_clip(
         VideoError: if the file cannot be read as video, or is damaged and ``allow_damaged`` is
             False. The message names the file and the remedy.
     """
+    try:
+        return _read(path, sampling, size, allow_damaged, progress)
+    except MemoryError as error:
+        raise VideoError(
+            f"{sampling.frames} frames of {size}x{size} pixels do not fit in memory; sample fewer"
+        ) from error
+
+
+def _read(
+    path: Readable,
+    sampling: FrameSampling,
+    size: int,
+    allow_damaged: bool,
+    progress: Progress | None,
+) -> Clip:
     if (folder := folder_of(path)) is not None:
         return read_pictures(folder, sampling, size, progress)
     source = find_source(path)
@@ -236,18 +251,21 @@ def _lost(found: Scan, decoded: Decoded) -> list[int]:
     packets = found.packets
     if decoded.pts is None:
         return [] if decoded.is_interlaced else found.order[decoded.total :].tolist()
-    keys = [*np.flatnonzero(packets.is_key).tolist(), len(packets), len(packets)]
-    leading = range(keys[0] + 1, keys[1])
+    keys = np.flatnonzero(packets.is_key)
+    cuts = {*keys[:1].tolist(), *keys[packets.jumps[keys] != 0].tolist()}
+    cut = None  # the key frame behind a cut, until the next key frame
     given = Counter(decoded.pts.tolist())
     lost = []
     follows_frame = False
     for number in np.flatnonzero(packets.is_shown).tolist():
         pts = int(packets.pts[number])
+        if packets.is_key[number]:
+            cut = number if number in cuts else None
         if given[pts]:
             given[pts] -= 1
             follows_frame = True
             continue
-        is_leading = number in leading and pts < packets.pts[keys[0]]
+        is_leading = cut is not None and pts < packets.pts[cut]
         is_second_field = decoded.is_interlaced and follows_frame
         if not (is_leading or is_second_field or packets.is_empty[number]):
             lost.append(number)
