@@ -16,7 +16,7 @@ from dycoke_jax.errors import RequestError
 from dycoke_jax.generation.assemble import TextIds
 from dycoke_jax.generation.decode import decode
 from dycoke_jax.generation.encode import encode
-from dycoke_jax.generation.layout import plan
+from dycoke_jax.generation.layout import Layout, plan
 from dycoke_jax.generation.prefill import prefill
 from dycoke_jax.generation.sampling import Sampling
 from dycoke_jax.generation.score import score
@@ -176,21 +176,13 @@ def run_batch(
         RequestError: if a request does not fit into the model's positions.
         ConfigError: if the compression cannot work on this model or clip length.
     """
-    frames = requests[0].num_frames
-    if not frames:
-        compression = None  # nothing to compress: share the plain model's programs
-    generated = bucket(max(r.decoding.max_new_tokens for r in requests), MIN_GENERATED)
-    rows = bucket(len(requests), 1)
-    text = _text(requests, rows)
-    prompt = text.prefix.shape[1], text.question.shape[1]
-    layout = plan(model.config, rows, frames, *prompt, generated, compression)
-    _check_lengths(model.config, requests, layout.slots.visual)
+    layout, text = _lay_out(model.config, requests, compression)
+    rows = layout.rows
     sampling, limits = _sampling(requests, rows), _limits(requests, rows, stop_ids)
 
     started = time.perf_counter()
-    features = None
-    if frames:
-        features = _features(model, requests, rows, progress)
+    features = _features(model, requests, rows, progress)
+    if features is not None:
         features.block_until_ready()
     encoded = time.perf_counter()
     if progress:
@@ -281,17 +273,9 @@ def score_batch(
         replace(request, decoding=Decoding(max_new_tokens=len(answer)))
         for request, answer in zip(requests, answers, strict=True)
     ]
-    frames = requests[0].num_frames
-    if not frames:
-        compression = None
-    generated = bucket(max(map(len, answers)), MIN_GENERATED)
-    rows = bucket(len(requests), 1)
-    text = _text(requests, rows)
-    prompt = text.prefix.shape[1], text.question.shape[1]
-    layout = plan(model.config, rows, frames, *prompt, generated, compression)
-    _check_lengths(model.config, requests, layout.slots.visual)
-    features = _features(model, requests, rows, progress) if frames else None
-    ids, lengths = _pad(answers, rows, generated)
+    layout, text = _lay_out(model.config, requests, compression)
+    features = _features(model, requests, layout.rows, progress)
+    ids, lengths = _pad(answers, layout.rows, layout.slots.generated)
     scored = jax.device_get(score(model, features, text, ids, lengths, layout=layout))
     visual = 0 if features is None else features.shape[1] * features.shape[2]
     return [
@@ -304,6 +288,27 @@ def score_batch(
         )
         for row, answer in enumerate(answers)
     ]
+
+
+def _lay_out(
+    config: LlavaConfig, requests: Sequence[Request], compression: Compressor | None
+) -> tuple[Layout, TextIds]:
+    """Returns the layout of a batch and the token ids of its prompts.
+
+    Raises:
+        RequestError: if a request does not fit into the model's positions.
+        ConfigError: if the compression cannot work on this model or clip length.
+    """
+    frames = requests[0].num_frames
+    if not frames:
+        compression = None  # nothing to compress: share the plain model's programs
+    generated = bucket(max(r.decoding.max_new_tokens for r in requests), MIN_GENERATED)
+    rows = bucket(len(requests), 1)
+    text = _text(requests, rows)
+    prompt = text.prefix.shape[1], text.question.shape[1]
+    layout = plan(config, rows, frames, *prompt, generated, compression)
+    _check_lengths(config, requests, layout.slots.visual)
+    return layout, text
 
 
 def _ask(state: DecodeState) -> tuple[int, bool]:
@@ -335,9 +340,9 @@ def _features(
     requests: Sequence[Request],
     rows: int,
     progress: Progress | None,
-) -> Float[Array, "B F N D"]:
+) -> Float[Array, "B F N D"] | None:
     clips = [request.frames for request in requests if request.frames is not None]
-    return encode(model, clips, rows, progress)
+    return encode(model, clips, rows, progress) if clips else None
 
 
 def _text(requests: Sequence[Request], rows: int) -> TextIds:

@@ -31,3 +31,11 @@ class RequestError(DycokeError, ValueError):
 
 class OutputError(DycokeError):
     """A result that cannot be written to its destination."""
+
+
+def printable(text: str) -> str:
+    """Makes a text part of a message of one line: what cannot be printed is written as in Python.
+
+    Among that are lone surrogates, by which Python stands for bytes of a file name.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

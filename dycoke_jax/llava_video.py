@@ -260,14 +260,8 @@ class LlavaVideo:
         Raises:
             DycokeError: VideoError, PromptError, ConfigError or RequestError, saying what to do.
         """
-        must = "videos and prompts must be lists with one entry for each request"
-        prompts = checks.sequence("prompts", prompts, must, error=RequestError)
+        videos, prompts = _one_each(videos, prompts)
         count = len(prompts)
-        if videos is None:
-            videos = [None] * count
-        videos = checks.sequence("videos", videos, must, error=RequestError)
-        if len(videos) != count:
-            raise RequestError(f"{len(videos)} videos but {count} prompts; give one each")
         batch_size = checks.whole_number("batch_size", batch_size, 1, error=RequestError)
         checks.flag("stream", stream, error=RequestError)
         check_compressor(compression)
@@ -345,17 +339,12 @@ class LlavaVideo:
         Raises:
             DycokeError: as ``generate`` does.
         """
-        must = "prompts and answers must be lists with one entry for each request"
-        prompts = checks.sequence("prompts", prompts, must, error=RequestError)
-        answers = checks.sequence("answers", answers, must, error=RequestError)
+        videos, prompts = _one_each(videos, prompts)
         count = len(prompts)
-        videos = checks.sequence(
-            "videos", [None] * count if videos is None else videos, must, error=RequestError
-        )
-        if not len(videos) == count == len(answers):
-            raise RequestError(
-                f"{len(videos)} videos, {count} prompts and {len(answers)} answers; give one each"
-            )
+        must = "prompts and answers must be lists with one entry for each request"
+        answers = checks.sequence("answers", answers, must, error=RequestError)
+        if len(answers) != count:
+            raise RequestError(f"{count} prompts and {len(answers)} answers; give one each")
         batch_size = checks.whole_number("batch_size", batch_size, 1, error=RequestError)
         check_compressor(compression)
         sampling = FrameSampling(frames=frames, fps=fps)
@@ -533,6 +522,20 @@ def _by_frames(window: Sequence[_Prepared]) -> list[list[_Prepared]]:
     for prepared in window:
         groups.setdefault(prepared.request.num_frames, []).append(prepared)
     return list(groups.values())
+
+
+def _one_each(
+    videos: Sequence[Video | None] | None, prompts: Sequence[Conversation]
+) -> tuple[Sequence[Video | None], Sequence[Conversation]]:
+    """Checks that there is a video, or None, for each prompt."""
+    must = "videos and prompts must be lists with one entry for each request"
+    prompts = checks.sequence("prompts", prompts, must, error=RequestError)
+    if videos is None:
+        videos = [None] * len(prompts)
+    videos = checks.sequence("videos", videos, must, error=RequestError)
+    if len(videos) != len(prompts):
+        raise RequestError(f"{len(videos)} videos but {len(prompts)} prompts; give one each")
+    return videos, prompts
 
 
 def _each(name: str, value: Any, count: int) -> Sequence[Any]:

@@ -81,3 +81,19 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield lambda: len(events)
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """The same random weights in transformers and here."""
+    from support.checkpoints import tiny_llava_hf
+    from support.tokenizers import tiny_tokenizer
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    from dycoke_jax import LlavaVideo
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_llava_hf(folder, deviation=0.2)
+    tiny_tokenizer().save_pretrained(folder)
+    reference = LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
+    return reference, LlavaVideo.from_pretrained(folder)

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.checkpoints import tiny_llava_hf
 from support.clips import numbered_frame, write_clip
 from support.tokenizers import qwen2_tokenizer, tiny_tokenizer
-from transformers import LlavaOnevisionForConditionalGeneration
 
-from dycoke_jax import DycokeError, LlavaVideo
+from dycoke_jax import DycokeError
 from dycoke_jax.inputs import FrameSampling, build_prompt
 from dycoke_jax.training.batches import Example, pack
 from dycoke_jax.training.loss import score_answers
@@ -193,16 +191,6 @@ def test_records_of_text_alone_share_steps_with_clips(folder, qwen2):
     has_clip = np.asarray(batch.has_clip[0])
     assert sorted(has_clip) == [False, True]
     assert not np.asarray(batch.frames[0])[~has_clip].any()
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """The same weights in transformers and here."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_llava_hf(folder, deviation=0.2)
-    tiny_tokenizer().save_pretrained(folder)
-    torch_model = LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
-    return torch_model, LlavaVideo.from_pretrained(folder)
 
 
 def test_text_beside_clips_has_the_loss_of_transformers_without_a_clip(pair):

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import VIDEO_TOKEN, tiny_llava_hf
+from support.checkpoints import VIDEO_TOKEN
 from support.reference import Qwen2, paper_merge
 from support.tiny import tiny_model, video
-from support.tokenizers import tiny_tokenizer
-from transformers import LlavaOnevisionForConditionalGeneration
 
-from dycoke_jax import DyCoke, LlavaVideo
+from dycoke_jax import DyCoke
 from dycoke_jax.errors import PromptError, RequestError
 from dycoke_jax.generation.encode import encode
 from dycoke_jax.inputs.prompts import build_prompt, encode_answer
@@ -22,16 +20,6 @@ METHODS = [None, DyCoke(layer=2), DyCoke(layer=2, mode="official"), DyCoke(layer
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """The same weights in transformers and here."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_llava_hf(folder, deviation=0.2)
-    tiny_tokenizer().save_pretrained(folder)
-    reference = LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
-    return reference, LlavaVideo.from_pretrained(folder)
 
 
 def log_softmax(logits):

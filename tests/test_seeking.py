@@ -82,6 +82,16 @@ def write(path: Path, settings: dict[str, object]) -> Path:
     return path
 
 
+def same_without_seeking(path: Path, sampling: FrameSampling, patch: pytest.MonkeyPatch) -> None:
+    clip = read_clip(path, sampling, SIZE)
+    with patch.context() as patched:
+        patched.setattr(seeking, "_LEAST_SAVED", 10**9)
+        plain = read_clip(path, sampling, SIZE)
+    np.testing.assert_array_equal(clip.frames, plain.frames)
+    assert (clip.times, clip.duration) == (plain.times, plain.duration)
+    assert clip.notes == plain.notes
+
+
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", SOUGHT)
 def test_seeking_gives_the_frames_of_decoding_in_order(folder: Path, name: str) -> None:
@@ -104,13 +114,7 @@ def test_a_clip_is_the_same_with_and_without_seeking(
 ) -> None:
     path = write(folder / name, {**SOUGHT, **IN_ORDER}[name])
     for sampling in (FrameSampling(5), FrameSampling(64, fps=1.0), FrameSampling(1)):
-        clip = read_clip(path, sampling, SIZE)
-        with monkeypatch.context() as patch:
-            patch.setattr(seeking, "_LEAST_SAVED", 10**9)
-            plain = read_clip(path, sampling, SIZE)
-        np.testing.assert_array_equal(clip.frames, plain.frames)
-        assert (clip.times, clip.duration) == (plain.times, plain.duration)
-        assert clip.notes == plain.notes
+        same_without_seeking(path, sampling, monkeypatch)
 
 
 @pytest.mark.usefixtures("eager")
@@ -130,12 +134,7 @@ def test_odd_and_real_files_are_the_same_with_and_without_seeking(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for sampling in (FrameSampling(3), FrameSampling(64, fps=5.0)):
-        clip = read_clip(DATA / name, sampling, SIZE)
-        with monkeypatch.context() as patch:
-            patch.setattr(seeking, "_LEAST_SAVED", 10**9)
-            plain = read_clip(DATA / name, sampling, SIZE)
-        np.testing.assert_array_equal(clip.frames, plain.frames)
-        assert (clip.times, clip.duration) == (plain.times, plain.duration)
+        same_without_seeking(DATA / name, sampling, monkeypatch)
 
 
 def test_a_long_clip_is_sought_and_equals_ffmpegs_frames(tmp_path: Path) -> None:

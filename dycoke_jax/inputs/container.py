@@ -15,7 +15,7 @@ import av
 import av.container
 import av.stream
 
-from dycoke_jax.errors import VideoError
+from dycoke_jax.errors import VideoError, printable
 
 
 @runtime_checkable
@@ -98,14 +98,14 @@ def find_source(readable: Readable) -> Source:
         try:
             data = readable.read()
         except Exception as error:  # which errors there are is up to the class of the object
-            reason = _printable(str(error))
+            reason = _shown(str(error))
             raise VideoError(f"the file object of the clip cannot be read ({reason})") from error
         if not isinstance(data, bytes | bytearray | memoryview):
             raise VideoError(
                 f"the file object of the clip gives {type(data).__name__}, not bytes; open the "
                 "file in mode 'rb'"
             )
-        return _in_memory(_printable(str(name)), bytes(data))
+        return _in_memory(_shown(str(name)), bytes(data))
     return _on_disk(os.fsdecode(readable))
 
 
@@ -115,16 +115,16 @@ def _in_memory(name: str, data: bytes) -> Source:
     return Source(name, data, data[:4096])
 
 
-def _printable(text: str) -> str:
-    """Makes a text part of a message of one line: control codes escaped, an endless text cut."""
-    if len(text) > _LONGEST_NAME:
-        text = f"{text[:50]}... ({len(text)} characters)"
-    return "".join(c if c.isprintable() or ord(c) > 255 else ascii(c)[1:-1] for c in text)
+def _shown(name: str) -> str:
+    """A name as messages show it: in one line, an endless one cut."""
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:50]}... ({len(name)} characters)"
+    return printable(name)
 
 
 def _on_disk(path: str) -> Source:
     file = Path(path)
-    name = _printable(path) or "''"
+    name = _shown(path) or "''"
     try:
         if not file.exists():
             raise VideoError(f"{name}: no such file; check the path")

@@ -93,18 +93,12 @@ def read_picture(
             raise VideoError(
                 f"{source.name} is a damaged picture ({error}); get the file again"
             ) from error
-    if timeline.rate is None:
-        notes.append(UNEVEN.format(source.name))
     return Clip(
         np.stack([frames[index] for index in indices.tolist()]),
         times,
         timeline.duration,
-        tuple(notes),
+        (*notes, *timeline.notes(source.name)),
     )
-
-
-UNEVEN = "{}: its frames are unevenly spaced in time, so frames are chosen by their timestamps"
-"""Note on a clip of uneven times, to be formatted with its name."""
 
 
 def pictures_of(folder: Path) -> list[Path]:

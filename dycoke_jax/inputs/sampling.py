@@ -65,6 +65,13 @@ class Timeline:
         """Number of frames of the clip."""
         return len(self.starts)
 
+    def notes(self, name: str) -> tuple[str, ...]:
+        """Returns a note on a clip of this name if its times are uneven, otherwise nothing."""
+        if self.rate is not None:
+            return ()
+        uneven = "its frames are unevenly spaced in time, so frames are chosen by their timestamps"
+        return (f"{name}: {uneven}",)
+
 
 def even_timeline(total: int, rate: float) -> Timeline:
     """Returns the timeline of ``total`` frames, at least 1, at ``rate`` frames a second."""

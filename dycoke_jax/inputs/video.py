@@ -8,8 +8,7 @@ often wrong, and times are those of the timestamps, because its rate is often wr
 clip raises an error unless the caller allows it.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+import os
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -17,15 +16,15 @@ from jaxtyping import Int, UInt8
 from dycoke_jax.errors import VideoError
 from dycoke_jax.inputs.clip import Clip
 from dycoke_jax.inputs.container import Readable, Source, find_source, folder_of
-from dycoke_jax.inputs.decoding import Decoded, decode_all, pick_in_order
+from dycoke_jax.inputs.damage import check_decoded, refuse_or_note
+from dycoke_jax.inputs.decoding import decode_all, pick_in_order
 from dycoke_jax.inputs.pictures import (
-    UNEVEN,
     is_picture,
     pictures_of,
     read_picture,
     read_pictures,
 )
-from dycoke_jax.inputs.sampling import FrameSampling, Timeline, choose_frames
+from dycoke_jax.inputs.sampling import FrameSampling, choose_frames
 from dycoke_jax.inputs.scan import Scan, scan
 from dycoke_jax.inputs.seeking import pick_by_seeking, plan_seeks
 from dycoke_jax.progress import Progress
@@ -83,19 +82,18 @@ def _read(
     found = _scan(source)
     notes = list(found.notes)
     if found.damage:
-        _refuse_or_note(f"{source.name} {found.damage}", allow_damaged, notes)
+        refuse_or_note(f"{source.name} {found.damage}", allow_damaged, notes)
 
     if not found.is_uncertain:
         timeline = found.nominal_timeline(found.total) if found.damage else found.timeline
         indices, times = choose_frames(timeline, sampling)
         frames = _pick(source, found, indices, size, progress)
         if frames is not None:
-            if timeline.rate is None:
-                notes.append(UNEVEN.format(source.name))
+            notes += timeline.notes(source.name)
             return Clip(frames, times, timeline.duration, tuple(notes))
 
     decoded = decode_all(source, len(found.packets), progress)
-    checked = _check(source, found, decoded, allow_damaged, notes)
+    checked = check_decoded(source, found, decoded, allow_damaged, notes)
     timeline = checked.timeline
     indices, times = choose_frames(timeline, sampling)
     picked = pick_in_order(
@@ -111,8 +109,7 @@ def _read(
             f"{source.name}: {picked.missing} of its {timeline.total} frames could not be decoded; "
             "the last frame stands in at the end"
         )
-    if timeline.rate is None:
-        notes.append(UNEVEN.format(source.name))
+    notes += timeline.notes(source.name)
     return Clip(picked.frames, times, timeline.duration, tuple(notes))
 
 
@@ -137,10 +134,10 @@ def check_clip(path: Readable, *, allow_damaged: bool = False) -> None:
         return
     found = _scan(source)
     if found.damage:
-        _refuse_or_note(f"{source.name} {found.damage}", allow_damaged, [])
+        refuse_or_note(f"{source.name} {found.damage}", allow_damaged, [])
 
 
-def count_frames(path: Readable, sampling: FrameSampling) -> int:
+def count_frames(path: str | os.PathLike[str], sampling: FrameSampling) -> int:
     """Returns how many frames :func:`read_clip` gives; it decodes only if packets do not tell.
 
     Raises:
@@ -187,105 +184,3 @@ def _pick(
     if picked.faults or picked.missing or not picked.as_expected:
         return None
     return picked.frames
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A file whose frames have all been decoded once.
-
-    Attributes:
-        timeline: the times of its frames.
-        threads: whether several threads decode the same frames as one.
-    """
-
-    timeline: Timeline
-    threads: bool
-
-
-def _check(
-    source: Source, found: Scan, decoded: Decoded, allow_damaged: bool, notes: list[str]
-) -> _Checked:
-    """Tells from all decoded frames whether a file is damaged, and returns its times.
-
-    Raises:
-        VideoError: if it is and ``allow_damaged`` is False, or if no frame can be decoded.
-    """
-    if not decoded.total:
-        raise VideoError(
-            f"{source.name}: not one of its video frames can be decoded; get the file again or "
-            "convert it, to H.264 in MP4 for instance"
-        )
-    lost = _lost(found, decoded)
-    is_damaged = decoded.faults > 0 or len(lost) > _spare(found.total)
-    if is_damaged:
-        errors = f" (decoding errors: {decoded.faults})" if decoded.faults else ""
-        damage = f": {decoded.total} of its {found.total} frames can be decoded{errors}"
-        if found.incomplete:
-            damage = f" (incomplete packets: {found.incomplete}){damage}"
-        _refuse_or_note(f"{source.name} is damaged{damage}", allow_damaged, notes)
-    threads = not (decoded.faults or lost)
-    if is_damaged or found.damage:
-        # Timestamps of a damaged file are not to be trusted.
-        return _Checked(found.nominal_timeline(decoded.total), threads)
-    if decoded.pts is None or not found.has_times:
-        return _Checked(found.nominal_timeline(decoded.total + len(lost)), threads)
-    pts, duration = decoded.pts, decoded.duration
-    if lost:
-        pts = np.concatenate([pts, found.packets.pts[lost]])
-        order = np.argsort(pts, kind="stable")
-        duration = np.concatenate([duration, found.packets.duration[lost]])[order]
-        pts = pts[order]
-    return _Checked(found.timeline_of(pts, duration), threads)
-
-
-def _lost(found: Scan, decoded: Decoded) -> list[int]:
-    """Returns the numbers of the packets whose frame is missing and should not be.
-
-    No frame is due from the leading pictures of an open group of pictures behind a cut, from the
-    second field of a frame whose fields have a packet each, and from a picture that is not coded,
-    which repeats the one before it.
-    """
-    missing = found.total - decoded.total
-    if missing <= 0:
-        return []
-    packets = found.packets
-    if decoded.pts is None:
-        return [] if decoded.is_interlaced else found.order[decoded.total :].tolist()
-    keys = np.flatnonzero(packets.is_key)
-    cuts = {*keys[:1].tolist(), *keys[packets.jumps[keys] != 0].tolist()}
-    cut = None  # the key frame behind a cut, until the next key frame
-    given = Counter(decoded.pts.tolist())
-    lost = []
-    follows_frame = False
-    for number in np.flatnonzero(packets.is_shown).tolist():
-        pts = int(packets.pts[number])
-        if packets.is_key[number]:
-            cut = number if number in cuts else None
-        if given[pts]:
-            given[pts] -= 1
-            follows_frame = True
-            continue
-        is_leading = cut is not None and pts < packets.pts[cut]
-        is_second_field = decoded.is_interlaced and follows_frame
-        if not (is_leading or is_second_field or packets.is_empty[number]):
-            lost.append(number)
-        follows_frame = False
-    return lost[:missing]
-
-
-def _spare(total: int) -> int:
-    """Returns how many frames an undamaged clip may lack at its end.
-
-    Some encoders declare more frames than they write.
-    """
-    return max(2, total // 50)
-
-
-def _refuse_or_note(damage: str, allow_damaged: bool, notes: list[str]) -> None:
-    """Raises for a damaged clip, or adds the damage to ``notes`` if the caller allows it."""
-    if not allow_damaged:
-        raise VideoError(
-            f"{damage}; get the file again, or use what is there with --allow-damaged "
-            "(allow_damaged=True)"
-        )
-    notes.append(f"{damage}; what could be read was used")

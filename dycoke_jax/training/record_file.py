@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dycoke_jax.errors import DycokeError, PromptError, RequestError, VideoError
+from dycoke_jax.errors import DycokeError, PromptError, RequestError, VideoError, printable
 from dycoke_jax.inputs.prompts import Conversation, check_prompt
 from dycoke_jax.inputs.video import check_clip
 from dycoke_jax.training.conversations import read_conversation
@@ -80,9 +80,6 @@ def read_records(path: Path) -> list[Record]:
             check_clip(record.video)
         except VideoError as error:
             problems.append(f"{record.place}: {error}")
-        except (OSError, ValueError) as error:  # A name that the file system does not allow.
-            reason = getattr(error, "strerror", None) or error
-            problems.append(f"{record.place}: {record.video} cannot be opened ({reason})")
     raise_problems(problems, VideoError)
     return records
 
@@ -102,12 +99,7 @@ def raise_problems(
     """
     if problems:
         more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
-        raise error(_printable(start + "; ".join(problems[:10])) + more)
-
-
-def _printable(text: str) -> str:
-    """The text in one line: characters that cannot be printed are written as in Python."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        raise error(printable(start + "; ".join(problems[:10])) + more)
 
 
 def _record(values: object, folder: Path) -> Record:
