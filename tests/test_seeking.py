@@ -189,3 +189,12 @@ def test_frames_that_none_refers_to_are_those_that_ffmpeg_can_skip(
     skipping = ffmpeg("-skip_frame", "noref", "-i", path, "-fps_mode", "passthrough", *MD5)
     assert sum(referenced) == len([line for line in skipping.splitlines() if line[:1] != b"#"])
     assert 0.4 < np.mean(referenced) < 0.7
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["open.mp4", "open.mkv", "open_hevc.mkv", "mpeg2_b.ts"])
+def test_decoding_does_not_start_at_the_key_frame_of_an_open_group(folder: Path, name: str) -> None:
+    """Frames that are shown before it follow it, so it is no place to start at."""
+    found = scan(find_source(write(folder / name, IN_ORDER[name])))
+    assert found.packets.is_key.sum() >= 4
+    assert plan_seeks(found, WANTED) is None
