@@ -5,14 +5,107 @@ decode step, the visual slots that the later layers attend to. The number of tok
 through is known before anything runs, so that shapes are static.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.cache import KV, Slots
-from dycoke_jax.checks import shown
+from dycoke_jax.checks import choice, shown, whole_number
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a token stage wants to know of the vision tower beside its features.
+
+    It is computed for each frame alone, and pooled to N values a frame as the features are.
+
+    Attributes:
+        kind: ``keys``: the keys of the layer's attention, heads side by side. ``attention``: the
+            attention that each patch receives, as the mean over heads and queries, float32.
+        layer: number of the layer of the tower, from 0; a negative number counts from the end of
+            the layers that are run, so that -1 is the last of them.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+
+    kind: Literal["keys", "attention"]
+    layer: int = -1
+
+    def __post_init__(self) -> None:
+        choice("Signal: kind", self.kind, get_args(Literal["keys", "attention"]))
+        whole_number("Signal: layer", self.layer, -(10**6))
+
+
+class Rows(NamedTuple):
+    """Which visual tokens go on, as a stage selects them.
+
+    ``places`` alone drops tokens and keeps the others as they are. With ``embeds`` the rows are new:
+    each is made of several tokens, and ``places`` says where it stands among the old ones.
+    """
+
+    places: Int[Array, "B M"]
+    """Places among the tokens that came in, in the order in which the language model reads them."""
+    valid: Bool[Array, "B M"] | None = None
+    """Rows that hold a token, for a stage that keeps at most M. None: all of them do. The place of
+    an empty row is any that keeps the order."""
+    embeds: Float[Array, "B M D"] | None = None
+    """New embeddings. None: those of the tokens at ``places``."""
+
+
+@runtime_checkable
+class TokenStage(Protocol):
+    """Selects or merges the visual tokens of a clip before the language model reads them.
+
+    Hashable, because programs are compiled for it; batched, and every row for itself.
+    """
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """What the stage wants of the vision tower; nothing else is computed."""
+
+    def check(self, config: LlavaConfig, frames: int) -> None:
+        """Refuses settings that cannot work on a model or clip length.
+
+        Args:
+            config: the model.
+            frames: number of frames of a clip, at least 1.
+
+        Raises:
+            ConfigError: naming the setting and its allowed range.
+        """
+
+    def most_rows(self, frames: int, tokens: int) -> int:
+        """The largest number of rows that go on (M).
+
+        Args:
+            frames: frames of a clip.
+            tokens: visual tokens of a frame (N).
+        """
+
+    def select(
+        self,
+        features: Float[Array, "B F N D"],
+        frames: Int[Array, "B"],
+        signals: tuple[Float[Array, "B F N *channels"], ...],
+    ) -> Rows:
+        """Selects the rows that go on.
+
+        Args:
+            features: visual tokens of each clip after pooling; those of empty frames are zeros.
+            frames: number of frames of each clip, in 1..F; the others are empty. The result is that
+                of the clip without them.
+            signals: what ``signals`` asks for, in the same order.
+
+        Returns:
+            ``most_rows(F, N)`` rows with places among the F * N tokens of each clip, ascending where
+            the newline layout of the model is ``grid`` or ``frame``. Empty frames are never chosen.
+        """
 
 
 @runtime_checkable
