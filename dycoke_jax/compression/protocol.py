@@ -43,8 +43,8 @@ class Signal:
 class Rows(NamedTuple):
     """Which visual tokens go on, as a stage selects them.
 
-    ``places`` alone drops tokens and keeps the others as they are. With ``embeds`` the rows are new:
-    each is made of several tokens, and ``places`` says where it stands among the old ones.
+    ``places`` alone drops tokens and keeps the others as they are. With ``embeds`` the rows are
+    new: each is made of several tokens, and ``places`` says where it stands among the old ones.
     """
 
     places: Int[Array, "B M"]
@@ -103,8 +103,9 @@ class TokenStage(Protocol):
             signals: what ``signals`` asks for, in the same order.
 
         Returns:
-            ``most_rows(F, N)`` rows with places among the F * N tokens of each clip, ascending where
-            the newline layout of the model is ``grid`` or ``frame``. Empty frames are never chosen.
+            ``most_rows(F, N)`` rows with places among the F * N tokens of each clip, ascending
+            where the newline layout of the model is ``grid`` or ``frame``. Empty frames are never
+            chosen.
         """
 
 
