@@ -20,25 +20,48 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dycoke_jax.compression.dycoke import DyCoke as DyCoke
     from dycoke_jax.config import LlavaConfig as LlavaConfig
-    from dycoke_jax.engine import TokenCounts as TokenCounts
+    from dycoke_jax.engine.requests import Answer as Answer
+    from dycoke_jax.engine.requests import Decoding as Decoding
+    from dycoke_jax.engine.requests import Failure as Failure
+    from dycoke_jax.engine.requests import Piece as Piece
+    from dycoke_jax.engine.requests import Request as Request
+    from dycoke_jax.engine.requests import TokenCounts as TokenCounts
     from dycoke_jax.errors import DycokeError as DycokeError
-    from dycoke_jax.llava_video import Answer as Answer
+    from dycoke_jax.inputs.prompts import Prompting as Prompting
+    from dycoke_jax.inputs.sampling import FrameSampling as FrameSampling
     from dycoke_jax.llava_video import LlavaVideo as LlavaVideo
-    from dycoke_jax.llava_video import Piece as Piece
 
 # Imported on first use, so that importing the package (or asking the command line for its version)
 # does not load flax, PyAV and transformers.
 _HOMES = {
-    "Answer": "dycoke_jax.llava_video",
+    "Answer": "dycoke_jax.engine.requests",
+    "Decoding": "dycoke_jax.engine.requests",
     "DyCoke": "dycoke_jax.compression.dycoke",
     "DycokeError": "dycoke_jax.errors",
+    "Failure": "dycoke_jax.engine.requests",
+    "FrameSampling": "dycoke_jax.inputs.sampling",
     "LlavaConfig": "dycoke_jax.config",
     "LlavaVideo": "dycoke_jax.llava_video",
-    "Piece": "dycoke_jax.llava_video",
-    "TokenCounts": "dycoke_jax.engine",
+    "Piece": "dycoke_jax.engine.requests",
+    "Prompting": "dycoke_jax.inputs.prompts",
+    "Request": "dycoke_jax.engine.requests",
+    "TokenCounts": "dycoke_jax.engine.requests",
 }
 
-__all__ = ["Answer", "DyCoke", "DycokeError", "LlavaConfig", "LlavaVideo", "Piece", "TokenCounts"]
+__all__ = [
+    "Answer",
+    "Decoding",
+    "DyCoke",
+    "DycokeError",
+    "Failure",
+    "FrameSampling",
+    "LlavaConfig",
+    "LlavaVideo",
+    "Piece",
+    "Prompting",
+    "Request",
+    "TokenCounts",
+]
 
 
 def __getattr__(name: str) -> Any:

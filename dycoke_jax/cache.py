@@ -58,19 +58,26 @@ class Slots:
 
         prefix | visual | question | generated
 
-    Rows of a batch differ in how many prefix and question slots they fill; an empty slot is not
-    valid and takes no rotary position. Newlines lie among the visual slots.
+    Rows of a batch differ in how many slots of a segment they fill; an empty slot is not valid and
+    takes no rotary position. Newlines lie among the visual slots.
     """
 
     prefix: int
     visual: int
     question: int
     generated: int
+    newlines: int = 0
+    """How many of the visual slots are for newlines."""
 
     @property
     def prompt(self) -> int:
         """Number of slots before the generated ones (T)."""
         return self.prefix + self.visual + self.question
+
+    @property
+    def tokens(self) -> int:
+        """Number of visual slots for visual tokens."""
+        return self.visual - self.newlines
 
     @property
     def visual_range(self) -> slice:

@@ -10,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dycoke_jax.compression.protocol import Compressor
-from dycoke_jax.engine import Seconds
-from dycoke_jax.llava_video import Answer, LlavaVideo, Video
+from dycoke_jax.engine.requests import Answer, Decoding, Seconds
+from dycoke_jax.inputs.any_video import Video
+from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.llava_video import LlavaVideo
 from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.task import MONITORED, task_clip
@@ -83,7 +85,7 @@ def answer_all(
     asked: Sequence[Asked],
     compressions: dict[str, Compressor | None],
     *,
-    frames: int = 16,
+    sampling: FrameSampling,
     max_new_tokens: int = 96,
     runs: int = 3,
     progress: Progress | None = None,
@@ -96,7 +98,7 @@ def answer_all(
         model: the model that answers.
         asked: the questions, which run as one batch.
         compressions: compressions by name; None is the plain model.
-        frames: number of frames to use of a clip that is a file, at least 1.
+        sampling: which frames of clips that are files to use.
         max_new_tokens: number of tokens after which an answer is cut off, at least 1.
         runs: number of timed runs with each compression, at least 1. One more run precedes them
             and compiles.
@@ -115,8 +117,8 @@ def answer_all(
                 videos,
                 prompts,
                 compression=compression,
-                frames=frames,
-                max_new_tokens=max_new_tokens,
+                decoding=Decoding(max_new_tokens),
+                sampling=sampling,
                 batch_size=len(asked),
             )
             seconds[name].append(answers[name][0].seconds)

@@ -1,18 +1,12 @@
 """The main interface of the library: a model with its tokenizer answers questions about clips."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from types import EllipsisType
-from typing import Any, Literal, get_args, overload
+from typing import Literal, get_args, overload
 
-import jax
-import numpy as np
 from jax.typing import DTypeLike
-from tokenizers.decoders import DecodeStream
 
 from dycoke_jax import checks
 from dycoke_jax.checkpoint.chat_template import find_chat_template
@@ -21,81 +15,39 @@ from dycoke_jax.checkpoint.tensors import weight_dtype
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.protocol import Compressor, check_compressor
 from dycoke_jax.config import LlavaConfig, PoolMode
-from dycoke_jax.engine import (
+from dycoke_jax.engine import schedule
+from dycoke_jax.engine.batch import score_batch
+from dycoke_jax.engine.prepare import prepare
+from dycoke_jax.engine.requests import (
+    Answer,
     Decoding,
-    Generated,
+    Failure,
     Likelihood,
+    Piece,
+    Prepared,
     Request,
-    Seconds,
-    TokenCounts,
-    run_batch,
-    score_batch,
 )
 from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
-from dycoke_jax.inputs.any_video import Video, has_times, read_video
-from dycoke_jax.inputs.chat_template import build_prompt_by_template, check_template, template_of
+from dycoke_jax.inputs.any_video import Video
+from dycoke_jax.inputs.chat_template import template_of
 from dycoke_jax.inputs.prompts import (
-    DEFAULT_SYSTEM,
     Conversation,
-    Prompt,
-    PromptFormat,
-    System,
+    Prompting,
     Tokenizer,
-    build_prompt,
     encode_answer,
     stop_ids,
-    time_instruction,
 )
 from dycoke_jax.inputs.sampling import FrameSampling
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
 from dycoke_jax.progress import Progress
 
-Ints = int | Sequence[int] | np.ndarray
-"""One value for all requests, or one for each request."""
-Floats = float | Sequence[float] | np.ndarray
-
 STREAM_EVERY = 4
 """Tokens between two pieces of a stream; each piece costs a transfer from the device."""
 
-CLIP_THREADS = 4
-"""Clips that are decoded at the same time; FFmpeg uses threads of its own for each."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one request.
-
-    Attributes:
-        text: the text without control tokens.
-        token_ids: the generated ids, a stop token included.
-        finish_reason: ``stop`` (the last id is a stop token) or ``length`` (max_new_tokens).
-        tokens: numbers of tokens, counted from the arrays.
-        seconds: wall time in seconds of the stages of the batch.
-        notes: remarks on the clip, such as damage that was accepted.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    tokens: TokenCounts
-    seconds: Seconds
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer that is being generated.
-
-    Attributes:
-        index: number of the request, from 0.
-        text: the text since the last piece. The pieces of a request joined are its answer's text.
-        answer: the whole answer with the last piece of a request; None with the others.
-    """
-
-    index: int
-    text: str
-    answer: Answer | None = None
+Failures = Literal["raise", "return"]
+"""What becomes of a request that cannot be answered: ``raise`` raises its error and ends the work,
+``return`` gives a ``Failure`` in place of its answer."""
 
 
 class LlavaVideo:
@@ -188,8 +140,14 @@ class LlavaVideo:
         videos: Sequence[Video | None] | None,
         prompts: Sequence[Conversation],
         *,
-        stream: Literal[False] = False,
-        **settings: Any,
+        compression: Compressor | None = ...,
+        decoding: Decoding | Sequence[Decoding] = ...,
+        sampling: FrameSampling = ...,
+        prompting: Prompting = ...,
+        allow_damaged: bool = ...,
+        batch_size: int = ...,
+        failures: Literal["raise"] = ...,
+        progress: Progress | None = ...,
     ) -> list[Answer]: ...
 
     @overload
@@ -198,36 +156,34 @@ class LlavaVideo:
         videos: Sequence[Video | None] | None,
         prompts: Sequence[Conversation],
         *,
-        stream: Literal[True],
-        **settings: Any,
-    ) -> Iterator[Piece]: ...
+        compression: Compressor | None = ...,
+        decoding: Decoding | Sequence[Decoding] = ...,
+        sampling: FrameSampling = ...,
+        prompting: Prompting = ...,
+        allow_damaged: bool = ...,
+        batch_size: int = ...,
+        failures: Literal["return"],
+        progress: Progress | None = ...,
+    ) -> list[Answer | Failure]: ...
 
-    def generate(  # type: ignore[misc]  # it spells the settings out
+    def generate(
         self,
         videos: Sequence[Video | None] | None,
         prompts: Sequence[Conversation],
         *,
         compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
-        max_new_tokens: Ints = 128,
-        temperature: Floats = 0.0,
-        top_k: Ints = 0,
-        top_p: Floats = 1.0,
-        seed: Ints = 0,
-        frames: int = 32,
-        fps: float | None = None,
-        system: System = ...,
-        prompt_format: PromptFormat = "llava-next",
-        time_text: bool = False,
+        decoding: Decoding | Sequence[Decoding] = Decoding(),  # noqa: B008 (frozen)
+        sampling: FrameSampling = FrameSampling(),  # noqa: B008 (frozen)
+        prompting: Prompting = Prompting(),  # noqa: B008 (frozen)
         allow_damaged: bool = False,
         batch_size: int = 8,
-        stream: bool = False,
+        failures: Failures = "raise",
         progress: Progress | None = None,
-    ) -> list[Answer] | Iterator[Piece]:
+    ) -> list[Answer] | list[Answer | Failure]:
         """Answers a question about each clip.
 
         Every request gets the answer that it would get alone, whatever it is batched with: token
-        for token in float32, up to rounding in half precision. A setting given as a sequence has
-        one value for each request.
+        for token in float32, up to rounding in half precision.
 
         Programs are compiled when they are first needed: for each number of frames, and for sizes
         of batch, prompt and answer that double from bucket to bucket. All else is data.
@@ -236,73 +192,151 @@ class LlavaVideo:
             videos: a clip or None for each request; None if no request has a clip.
             prompts: a question or conversation for each request.
             compression: ``DyCoke`` with its settings, or another method; None: the plain model.
-            max_new_tokens: number of tokens after which an answer is cut off.
-            temperature: sampling temperature; 0 for greedy decoding.
-            top_k: number of most likely tokens to sample from; 0 for the whole vocabulary.
-            top_p: sample from the fewest tokens that hold this probability, in (0, 1].
-            seed: of sampling.
-            frames: number of frames of a file to use (see ``inputs.video.FrameSampling``).
-            fps: frames a second to use instead, at most ``frames`` of them.
-            system: text of the system turn; None for no such turn; ``...`` (the default) for "You
-                are a helpful assistant." in the format llava-next, and None in checkpoint.
-            prompt_format: ``llava-next``: the conversation format of LLaVA-NeXT, in which the
-                models were trained. ``checkpoint``: the checkpoint's own chat template.
-            time_text: tell the model the times of the frames, as LLaVA-Video does.
+            decoding: how answers are generated: for all requests, or a list with one for each.
+            sampling: which frames of files to use.
+            prompting: how the prompts are put to the model.
             allow_damaged: use what can be decoded of damaged files.
-            batch_size: largest number of requests that run together. The clips of the next batch
-                are decoded while one runs.
-            stream: return an iterator of ``Piece`` that yields text as it is generated.
+            batch_size: largest number of requests that run together. Other requests are prepared
+                while they run.
+            failures: ``raise``: the first request that cannot be answered raises its error and ends
+                the work. ``return``: a ``Failure`` takes the place of its answer.
             progress: called while the work goes on.
 
         Returns:
-            The answers in the order of the requests, or the iterator.
+            The answers in the order of the requests.
 
         Raises:
             DycokeError: VideoError, PromptError, ConfigError or RequestError, saying what to do.
         """
-        videos, prompts = _one_each(videos, prompts)
-        count = len(prompts)
-        batch_size = checks.whole_number("batch_size", batch_size, 1, error=RequestError)
-        checks.flag("stream", stream, error=RequestError)
-        check_compressor(compression)
-        _check_asking(system, prompt_format, time_text, allow_damaged, progress)
-        settings = (
-            _each("max_new_tokens", max_new_tokens, count),
-            _each("temperature", temperature, count),
-            _each("top_k", top_k, count),
-            _each("top_p", top_p, count),
-            _each("seed", seed, count),
+        checks.choice("failures", failures, get_args(Failures), error=RequestError)
+        requests = _requests(videos, prompts, decoding, sampling, prompting, allow_damaged)
+        results: dict[int, Answer | Failure] = {}
+        run = self.run(requests, compression=compression, batch_size=batch_size, progress=progress)
+        with closing(run):
+            for result in run:
+                if isinstance(result, Failure):
+                    if failures == "raise":
+                        raise result.error
+                    results[result.index] = result
+                elif result.answer is not None:
+                    results[result.index] = result.answer
+        return [results[index] for index in range(len(requests))]
+
+    @overload
+    def stream(
+        self,
+        videos: Sequence[Video | None] | None,
+        prompts: Sequence[Conversation],
+        *,
+        compression: Compressor | None = ...,
+        decoding: Decoding | Sequence[Decoding] = ...,
+        sampling: FrameSampling = ...,
+        prompting: Prompting = ...,
+        allow_damaged: bool = ...,
+        batch_size: int = ...,
+        failures: Literal["raise"] = ...,
+        progress: Progress | None = ...,
+    ) -> Iterator[Piece]: ...
+
+    @overload
+    def stream(
+        self,
+        videos: Sequence[Video | None] | None,
+        prompts: Sequence[Conversation],
+        *,
+        compression: Compressor | None = ...,
+        decoding: Decoding | Sequence[Decoding] = ...,
+        sampling: FrameSampling = ...,
+        prompting: Prompting = ...,
+        allow_damaged: bool = ...,
+        batch_size: int = ...,
+        failures: Literal["return"],
+        progress: Progress | None = ...,
+    ) -> Iterator[Piece | Failure]: ...
+
+    def stream(
+        self,
+        videos: Sequence[Video | None] | None,
+        prompts: Sequence[Conversation],
+        *,
+        compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
+        decoding: Decoding | Sequence[Decoding] = Decoding(),  # noqa: B008 (frozen)
+        sampling: FrameSampling = FrameSampling(),  # noqa: B008 (frozen)
+        prompting: Prompting = Prompting(),  # noqa: B008 (frozen)
+        allow_damaged: bool = False,
+        batch_size: int = 8,
+        failures: Failures = "raise",
+        progress: Progress | None = None,
+    ) -> Iterator[Piece] | Iterator[Piece | Failure]:
+        """Answers a question about each clip, and yields the text as it is generated.
+
+        Arguments and errors are those of ``generate``; settings are checked at once, clips and
+        prompts when the work gets to them.
+
+        Returns:
+            An iterator of the pieces of the answers, several of which may grow at the same time.
+            Closing it ends the work.
+        """
+        checks.choice("failures", failures, get_args(Failures), error=RequestError)
+        run = self.run(
+            _requests(videos, prompts, decoding, sampling, prompting, allow_damaged),
+            compression=compression,
+            batch_size=batch_size,
+            stream_every=STREAM_EVERY,
+            progress=progress,
         )
-        decodings = [Decoding(*values) for values in zip(*settings, strict=True)]
-        if prompt_format == "checkpoint":
-            check_template(self.chat_template)
-        if time_text and any(clip is not None and not has_times(clip) for clip in videos):
-            raise RequestError("time_text needs files: an array does not say when it was filmed")
-        sampling = FrameSampling(frames=frames, fps=fps)
+        return _raising(run) if failures == "raise" else run
 
+    def run(
+        self,
+        requests: Iterable[Request],
+        *,
+        compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
+        batch_size: int = 8,
+        stream_every: int | None = None,
+        progress: Progress | None = None,
+        on_batch: Callable[[schedule.BatchReport], None] | None = None,
+    ) -> Generator[Piece | Failure, None, None]:
+        """Answers a stream of any number of requests, in bounded memory.
+
+        Args:
+            requests: the requests, such as a generator; at most four times ``batch_size`` of them
+                are taken before they are answered.
+            compression: as in ``generate``.
+            batch_size: as in ``generate``.
+            stream_every: number of tokens between two pieces of an answer; None gives each answer
+                in one piece.
+            progress: called while the work goes on.
+            on_batch: called before each batch runs, with its requests and how full it is.
+
+        Returns:
+            A generator of pieces of answers and of failures, as they come. Their ``index`` is the
+            number of the request in the stream. Closing it ends the work.
+
+        Raises:
+            DycokeError: RequestError or ConfigError, if a setting that is common to all requests
+                makes no sense.
+        """
+        batch_size = checks.whole_number("batch_size", batch_size, 1, error=RequestError)
+        if stream_every is not None:
+            stream_every = checks.whole_number("stream_every", stream_every, 1, error=RequestError)
+        check_compressor(compression)
+        checks.function("progress", progress, error=RequestError)
+        checks.function("on_batch", on_batch, error=RequestError)
         # Progress counts the frames of a single clip, and the clips of many.
-        decoding = progress if count == 1 else None
-
-        def prepare(index: int) -> "_Prepared":
-            request, notes = self.request(
-                videos[index],
-                prompts[index],
-                decodings[index],
-                sampling,
-                system=system,
-                prompt_format=prompt_format,
-                time_text=time_text,
-                allow_damaged=allow_damaged,
-                progress=decoding,
-            )
-            return _Prepared(index, request, notes)
-
-        groups = _groups(prepare, count, batch_size, progress)
-        pieces = self._run(groups, compression, stream, progress)
-        if stream:
-            return pieces
-        answers = {piece.index: piece.answer for piece in pieces if piece.answer is not None}
-        return [answers[index] for index in range(count)]
+        is_single = isinstance(requests, Sized) and len(requests) == 1
+        return schedule.run(
+            self.model,
+            self.tokenizer,
+            partial(self.prepare, progress=progress if is_single else None),
+            requests,
+            compression,
+            stop_ids=self.stop_ids,
+            batch_size=batch_size,
+            stream_every=stream_every,
+            progress=progress,
+            on_batch=on_batch,
+        )
 
     def score(
         self,
@@ -311,9 +345,9 @@ class LlavaVideo:
         answers: Sequence[str],
         *,
         compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
-        frames: int = 32,
-        fps: float | None = None,
-        system: System = ...,
+        sampling: FrameSampling = FrameSampling(),  # noqa: B008 (frozen)
+        prompting: Prompting = Prompting(),  # noqa: B008 (frozen)
+        allow_damaged: bool = False,
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> list[Likelihood]:
@@ -327,9 +361,9 @@ class LlavaVideo:
             prompts: as in ``generate``.
             answers: an answer to each request, not empty.
             compression: as in ``generate``.
-            frames: as in ``generate``.
-            fps: as in ``generate``.
-            system: as in ``generate``.
+            sampling: as in ``generate``.
+            prompting: as in ``generate``.
+            allow_damaged: as in ``generate``.
             batch_size: as in ``generate``.
             progress: called while the work goes on.
 
@@ -340,188 +374,93 @@ class LlavaVideo:
             DycokeError: as ``generate`` does.
         """
         videos, prompts = _one_each(videos, prompts)
-        count = len(prompts)
         must = "prompts and answers must be lists with one entry for each request"
         answers = checks.sequence("answers", answers, must, error=RequestError)
-        if len(answers) != count:
-            raise RequestError(f"{count} prompts and {len(answers)} answers; give one each")
+        if len(answers) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts and {len(answers)} answers; give one each")
         batch_size = checks.whole_number("batch_size", batch_size, 1, error=RequestError)
         check_compressor(compression)
-        sampling = FrameSampling(frames=frames, fps=fps)
+        checks.function("progress", progress, error=RequestError)
         ids = [encode_answer(self.tokenizer, answer) for answer in answers]
-
-        def prepare(index: int) -> "_Prepared":
-            request, notes = self.request(
-                videos[index], prompts[index], Decoding(len(ids[index])), sampling, system=system
-            )
-            return _Prepared(index, request, notes)
-
-        scored: dict[int, Likelihood] = {}
-        for group in _groups(prepare, count, batch_size, progress):
-            of_group = score_batch(
-                self.model,
-                [prepared.request for prepared in group],
-                [ids[prepared.index] for prepared in group],
-                compression,
-                progress=progress,
-            )
-            scored |= {p.index: one for p, one in zip(group, of_group, strict=True)}
-        return [scored[index] for index in range(count)]
-
-    def request(
-        self,
-        video: Video | None,
-        prompt: Conversation,
-        decoding: Decoding,
-        sampling: FrameSampling,
-        *,
-        system: System = ...,
-        prompt_format: PromptFormat = "llava-next",
-        time_text: bool = False,
-        allow_damaged: bool = False,
-        progress: Progress | None = None,
-    ) -> tuple[Request, tuple[str, ...]]:
-        """Prepares one question for the engine: reads its clip and encodes its prompt.
-
-        The arguments are those of ``generate``.
-
-        Returns:
-            The request, and remarks on the clip.
-        """
-        checks.instance("decoding", decoding, Decoding, error=RequestError)
-        checks.instance("sampling", sampling, FrameSampling, error=RequestError)
-        _check_asking(system, prompt_format, time_text, allow_damaged, progress)
-        clip, size = None, self.config.vision.image_size
-        if video is not None:
-            clip = read_video(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
-        times = None
-        if time_text and clip is not None:
-            times = time_instruction(clip.duration, clip.times)
-        encode: Callable[..., Prompt] = build_prompt
-        if prompt_format == "checkpoint":
-            encode = partial(build_prompt_by_template, template=self.chat_template)
-        if isinstance(system, EllipsisType):
-            system = DEFAULT_SYSTEM if prompt_format == "llava-next" else None
-        ids = encode(
-            self.tokenizer,
-            prompt,
-            system=system,
-            has_video=clip is not None,
-            time_instruction=times,
-        )
-        if clip is None:
-            return Request(ids, None, decoding), ()
-        return Request(ids, clip.frames, decoding), clip.notes
-
-    def _run(
-        self,
-        groups: Generator[list["_Prepared"], None, None],
-        compression: Compressor | None,
-        stream: bool,
-        progress: Progress | None,
-    ) -> Iterator[Piece]:
-        # Closing it, after an error or if the reader of a stream stops, ends the reading of clips.
-        with closing(groups):
-            for group in groups:
-                yield from self._run_group(group, compression, stream, progress)
-
-    def _run_group(
-        self,
-        group: Sequence["_Prepared"],
-        compression: Compressor | None,
-        stream: bool,
-        progress: Progress | None,
-    ) -> Iterator[Piece]:
-        texts = [_Text(self.tokenizer) for _ in group]
-        updates = run_batch(
-            self.model,
-            [prepared.request for prepared in group],
+        # Answers of similar length run together.
+        lengths = [Decoding(max_new_tokens=len(own)) for own in ids]
+        requests = _requests(videos, prompts, lengths, sampling, prompting, allow_damaged)
+        batches = schedule.form_batches(
+            self.config,
+            self.prepare,
+            requests,
             compression,
-            self.stop_ids,
-            stream_every=STREAM_EVERY if stream else None,
+            batch_size=batch_size,
             progress=progress,
         )
-        finished: set[int] = set()
-        for update in updates:
-            for row, (prepared, text, row_now) in enumerate(zip(group, texts, update, strict=True)):
-                if row in finished:
-                    continue
-                piece = text.extend(row_now)
-                if row_now.finish_reason is not None:
-                    finished.add(row)
-                    answer = Answer(
-                        text.whole,
-                        row_now.token_ids,
-                        row_now.finish_reason,
-                        row_now.tokens,
-                        row_now.seconds,
-                        prepared.notes,
-                    )
-                    yield Piece(prepared.index, piece, answer)
-                elif piece:
-                    yield Piece(prepared.index, piece)
+        scored: dict[int, Likelihood] = {}
+        with closing(batches):
+            for batch in batches:
+                if isinstance(batch, Failure):
+                    raise batch.error
+                of_batch = score_batch(
+                    self.model,
+                    [queued.prepared for queued in batch],
+                    [ids[queued.index] for queued in batch],
+                    compression,
+                    progress=progress,
+                )
+                scored |= {one.index: like for one, like in zip(batch, of_batch, strict=True)}
+        return [scored[index] for index in range(len(requests))]
+
+    def prepare(self, request: Request, *, progress: Progress | None = None) -> Prepared:
+        """Prepares a request for the device: reads its clip and encodes its prompt.
+
+        Raises:
+            DycokeError: VideoError, PromptError or RequestError.
+        """
+        checks.instance("request", request, Request, error=RequestError)
+        return prepare(
+            request,
+            self.tokenizer,
+            self.config.vision.image_size,
+            chat_template=self.chat_template,
+            progress=progress,
+        )
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    index: int
-    request: Request
-    notes: tuple[str, ...]
+def _raising(results: Generator[Piece | Failure, None, None]) -> Iterator[Piece]:
+    # Closing it, after an error or if the reader of the stream stops, ends the reading of clips.
+    with closing(results):
+        for result in results:
+            if isinstance(result, Failure):
+                raise result.error
+            yield result
 
 
-class _Text:
-    """The text of a growing list of ids, in whole characters only."""
+def _requests(
+    videos: Sequence[Video | None] | None,
+    prompts: Sequence[Conversation],
+    decoding: Decoding | Sequence[Decoding],
+    sampling: FrameSampling,
+    prompting: Prompting,
+    allow_damaged: bool,
+) -> list[Request]:
+    """The requests of one call, which have all settings but ``decoding`` in common.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._read = 0
-        self.whole = ""
-
-    def extend(self, generated: Generated) -> str:
-        """The text that the ids since the last call have added."""
-        ids = generated.token_ids
-        before = self.whole
-        if generated.finish_reason is not None:
-            # The bytes of an incomplete character become replacement characters.
-            self.whole = self._backend.decode(list(ids), skip_special_tokens=True)
-        else:
-            for token in ids[self._read :]:
-                self.whole += self._stream.step(self._backend, token) or ""
-            self._read = len(ids)
-        return self.whole[len(before) :]
-
-
-def _groups(
-    prepare: Callable[[int], _Prepared], count: int, batch_size: int, progress: Progress | None
-) -> Generator[list[_Prepared], None, None]:
-    """Yields prepared requests that can run as one batch; those that follow are read meanwhile."""
-    windows = [range(s, min(s + batch_size, count)) for s in range(0, count, batch_size)]
-    pool = ThreadPoolExecutor(CLIP_THREADS, thread_name_prefix="clips")
-    try:
-        ready = 0
-        ahead = [pool.submit(prepare, index) for index in windows[0]] if windows else []
-        for following in [*windows[1:], ()]:
-            window = []
-            for future in ahead:
-                window.append(future.result())
-                ready += 1
-                if progress:
-                    progress("reading clips", ready, count)
-            # Decoded while this window runs on the device. No more than that, to bound memory.
-            ahead = [pool.submit(prepare, index) for index in following]
-            yield from _by_frames(window)
-    finally:
-        # After an error, or if nobody reads on, other clips are not needed.
-        pool.shutdown(cancel_futures=True)
-
-
-def _by_frames(window: Sequence[_Prepared]) -> list[list[_Prepared]]:
-    """Groups of requests with equal numbers of frames, in the order of their first request."""
-    groups: dict[int, list[_Prepared]] = {}
-    for prepared in window:
-        groups.setdefault(prepared.request.num_frames, []).append(prepared)
-    return list(groups.values())
+    Raises:
+        RequestError: if the lists differ in length, or if a setting has a wrong type.
+    """
+    videos, prompts = _one_each(videos, prompts)
+    # Checked here too, for a call without requests.
+    checks.instance("sampling", sampling, FrameSampling, error=RequestError)
+    checks.instance("prompting", prompting, Prompting, error=RequestError)
+    checks.flag("allow_damaged", allow_damaged, error=RequestError)
+    if isinstance(decoding, Decoding):
+        decoding = [decoding] * len(prompts)
+    must = "it must be a Decoding, or a list with one for each request"
+    decoding = checks.sequence("decoding", decoding, must, error=RequestError)
+    if len(decoding) != len(prompts):
+        raise RequestError(f"decoding has {len(decoding)} values for {len(prompts)} requests")
+    return [
+        Request(prompt, video, own, sampling, prompting, allow_damaged)
+        for video, prompt, own in zip(videos, prompts, decoding, strict=True)
+    ]
 
 
 def _one_each(
@@ -538,34 +477,9 @@ def _one_each(
     return videos, prompts
 
 
-def _each(name: str, value: Any, count: int) -> Sequence[Any]:
-    """One value for each request, of one value or one for each; ``Decoding`` checks them."""
-    values = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        return [values] * count
-    if len(values) != count:
-        raise RequestError(f"{name} has {len(values)} values for {count} requests")
-    return values
-
-
 def _check_loading(dtype: DTypeLike | None, progress: Progress | None) -> None:
     try:
         weight_dtype(dtype)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    checks.function("progress", progress, error=RequestError)
-
-
-def _check_asking(
-    system: System,
-    prompt_format: PromptFormat,
-    time_text: bool,
-    allow_damaged: bool,
-    progress: Progress | None,
-) -> None:
-    checks.choice("prompt_format", prompt_format, get_args(PromptFormat), error=RequestError)
-    if system is not None and system is not ...:
-        checks.text("system", system, error=RequestError)
-    checks.flag("time_text", time_text, error=RequestError)
-    checks.flag("allow_damaged", allow_damaged, error=RequestError)
     checks.function("progress", progress, error=RequestError)

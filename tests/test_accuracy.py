@@ -1,13 +1,15 @@
 """Evaluation: what baselines keep, how answers are judged, and clips as files."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.tiny import tiny_model
 
 from dycoke_jax import DyCoke, DycokeError
-from dycoke_jax.compression.baselines import RandomTokens, WholeFrames, kept_by_merging
+from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
 from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.evaluation.accuracy import Tally, evaluate
 from dycoke_jax.inputs import FrameSampling
 from dycoke_jax.inputs.frames import resize
@@ -17,25 +19,43 @@ from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.task import task_clip
 
 
+def kept_places(method, features, frames):
+    """The places that a token stage keeps of each clip, which has so many frames."""
+    rows = jax.jit(method.select)(jnp.asarray(features), jnp.asarray(frames, jnp.int32))
+    assert rows.places.shape == (len(frames), method.most_rows(*features.shape[1:3]))
+    return [np.asarray(p)[np.asarray(v)] for p, v in zip(rows.places, rows.valid, strict=True)]
+
+
 @pytest.mark.parametrize("frames", [1, 3, 16, 18])
 @pytest.mark.parametrize("k", [0.0, 0.3, 0.7, 0.9])
 def test_baselines_keep_what_merging_keeps(frames, k):
-    features = jnp.asarray(np.random.default_rng(0).normal(size=(2, frames, 16, 8)))
-    merged = DyCoke(k=k).select(features)
-    count = frames * 16 if merged is None else merged.shape[1]
-    assert kept_by_merging(frames, 16, k) == count
-    kept = np.asarray(RandomTokens(k).select(features))
-    assert kept.shape == (2, count)
-    assert (np.diff(kept) > 0).all()
-    whole = np.asarray(WholeFrames(k).select(features))[0]
-    assert whole.size == count // 16 * 16
+    features = np.random.default_rng(0).normal(size=(2, frames, 16, 8)).astype(np.float32)
+    count = len(kept_places(TokenMerging(k), features, [frames] * 2)[0])
+    for kept in kept_places(RandomTokens(k), features, [frames] * 2):
+        assert len(kept) == count
+        assert (np.diff(kept) > 0).all()
+        assert kept[-1] < frames * 16
+    whole = kept_places(WholeFrames(k), features, [frames] * 2)[0]
+    assert whole.size == max(1, count // 16) * 16
     assert (whole.reshape(-1, 16) % 16 == np.arange(16)).all()
     assert (np.diff(whole) > 0).all()
 
 
+@pytest.mark.parametrize("method", [RandomTokens(0.6), WholeFrames(0.6)], ids=["random", "frames"])
+def test_baselines_see_no_empty_frames(method):
+    """Clips of all lengths in one batch keep what each keeps alone."""
+    features = np.zeros((8, 8, 6, 4), np.float32)
+    together = kept_places(method, features, range(1, 9))
+    for length, kept in enumerate(together, start=1):
+        alone = kept_places(method, features[:1, :length], [length])[0]
+        np.testing.assert_array_equal(kept, alone)
+
+
 def test_random_places_depend_on_the_seed_alone():
-    features = jnp.zeros((1, 16, 16, 8))
-    first, again, other = (RandomTokens(seed=seed).select(features) for seed in (0, 0, 1))
+    features = np.zeros((1, 16, 16, 8), np.float32)
+    first, again, other = (
+        kept_places(RandomTokens(seed=seed), features, [16])[0] for seed in (0, 0, 1)
+    )
     assert (first == again).all()
     assert (first != other).any()
 

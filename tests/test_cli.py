@@ -11,7 +11,12 @@ import pytest
 from support.clips import cut, real_clip, write_clip, write_sound
 from support.command_line import run_main
 
-from dycoke_jax import LlavaVideo, __version__
+from dycoke_jax import Decoding, DyCoke, FrameSampling, LlavaVideo, __version__
+from dycoke_jax.assets import TINY
+from dycoke_jax.cli.app import COMMANDS
+from dycoke_jax.compression.baselines import RandomTokens
+from dycoke_jax.compression.methods import METHODS
+from dycoke_jax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +44,69 @@ def test_json_holds_what_the_api_gives(model):
     code, out, _ = generate(model, *settings, "--json")
     assert code == 0
     shown = json.loads(out)
-    from dycoke_jax import DyCoke
-
     answer = LlavaVideo.from_pretrained(model).generate(
         [real_clip()],
         ["What?"],
         compression=DyCoke(layer=2, p=0.5),
-        frames=8,
-        seed=3,
-        temperature=0.8,
-        max_new_tokens=6,
+        decoding=Decoding(6, 0.8, seed=3),
+        sampling=FrameSampling(8),
     )[0]
     assert tuple(shown["token_ids"]) == answer.token_ids
     assert shown["text"] == answer.text
     assert shown["tokens"]["attended"] == list(answer.tokens.attended)
+    assert shown["compression"]["method"] == "dycoke"
     assert shown["compression"]["p"] == 0.5
+
+
+def test_compress_names_another_method_in_place_of_dycoke():
+    clip = ("--video", real_clip(), "--prompt", "What?", "--frames", 8)
+    code, out, _ = generate(TINY, *clip, "--compress", "random(k=0.5)", "--json")
+    assert code == 0
+    shown = json.loads(out)
+    answer = LlavaVideo.from_pretrained(TINY).generate(
+        [real_clip()],
+        ["What?"],
+        compression=RandomTokens(k=0.5),
+        sampling=FrameSampling(8),
+        decoding=Decoding(max_new_tokens=6),
+    )[0]
+    assert tuple(shown["token_ids"]) == answer.token_ids
+    assert shown["tokens"]["merged"] == answer.tokens.merged
+    assert shown["compression"] == {"method": "random", "k": 0.5, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--k", "0.7"], "--compress and --k both choose the compression"),
+        (["--no-dycoke"], "--compress and --no-dycoke both choose the compression"),
+        (["--parked", "drop"], "--compress and --parked both choose the compression"),
+        (["--compress", "nothing"], "there is no method 'nothing'"),
+    ],
+)
+def test_compress_and_options_of_dycoke_exclude_each_other(model, arguments, says):
+    ask = ("--video", real_clip(), "--prompt", "What?", "--compress", "random")
+    for command in (("generate", "--model", model), ("demo",)):
+        if command == ("demo",) and "--no-dycoke" in arguments:
+            continue
+        code, out, err = run_main(*command, *ask, *arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert says in err
+
+
+def test_an_empty_system_text_omits_the_system_turn(model, monkeypatch):
+    seen = []
+
+    def stream(self, videos, prompts, *, prompting, **settings):
+        seen.append(prompting.system)
+        raise ConfigError("seen enough")
+
+    monkeypatch.setattr(LlavaVideo, "stream", stream)
+    for system in ((), ("--system", ""), ("--system", "Be brief.")):
+        assert "seen enough" in generate(model, "--prompt", "Hello", *system)[2]
+    assert seen == [..., None, "Be brief."]
 
 
 def test_text_alone_and_the_plain_model(model):
@@ -177,7 +230,14 @@ def test_other_containers_and_rates(model, tmp_path):
 
 def test_version_and_help():
     assert run_main("--version")[1] == f"dycoke-jax {__version__}\n"
-    for command in ("generate", "convert", "init"):
+    for command in COMMANDS:
         code, out, _ = run_main(command, "--help")
         assert code == 0
         assert "Example" in out
+
+
+def test_the_help_of_compress_names_every_method():
+    for command in ("generate", "demo", "eval"):
+        _, out, _ = run_main(command, "--help")
+        shown = out.partition("--compress")[2]
+        assert all(name in shown for name in METHODS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.command_line import run_main
 
-from dycoke_jax import LlavaVideo, cli
+from dycoke_jax import Decoding, LlavaVideo, cli
 
 QUESTION, SAMPLING = "What?", {"temperature": 1.0, "seed": 3, "max_new_tokens": 16}
 FULL = Path("/dev/full")
@@ -34,7 +34,8 @@ def asking(model):
 
 @pytest.fixture(scope="module")
 def answer(model):
-    text = LlavaVideo.from_pretrained(model).generate(None, [QUESTION], **SAMPLING)[0].text
+    llava, decoding = LlavaVideo.from_pretrained(model), Decoding(**SAMPLING)
+    text = llava.generate(None, [QUESTION], decoding=decoding)[0].text
     assert not text.isascii(), "random bytes"
     return text
 

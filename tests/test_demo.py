@@ -8,8 +8,10 @@ from PIL import Image
 from support.clips import real_clip
 from support.command_line import run_main
 
-from dycoke_jax import LlavaVideo, demo
+from dycoke_jax import DyCoke, LlavaVideo, demo
 from dycoke_jax.assets import TINY
+from dycoke_jax.compression.baselines import RandomTokens
+from dycoke_jax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,23 @@ def test_tables_name_all_that_the_run_measured(tmp_path):
     assert "right answers" not in out, "of an own clip no answer is known"
     assert "own.png" in err
     assert (tmp_path / "own.png").exists()
+
+
+def test_compress_names_what_is_compared_with_the_plain_model(tmp_path, monkeypatch):
+    compared = []
+
+    def answer_all(model, asked, compressions, **settings):
+        compared.append(compressions)
+        raise ConfigError("seen enough")
+
+    monkeypatch.setattr(demo, "answer_all", answer_all)
+    picture = ("--picture", tmp_path / "demo.png")
+    for options in (("--compress", "random(k=0.5)"), ("--k", 0.5, "--mode", "official")):
+        assert "seen enough" in run_main("demo", *picture, *options)[2]
+    assert compared == [
+        {"plain": None, "random(k=0.5)": RandomTokens(0.5)},
+        {"plain": None, "DyCoke": DyCoke(0.5, mode="official")},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 PROGRAM = """
 import json, time
 start = time.perf_counter()
@@ -51,3 +53,20 @@ def test_version_answers_at_once():
     program = "from dycoke_jax.cli import main; main(['--version'])"
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], []], ids=["help", "version", "none"]
+)
+def test_help_and_version_need_no_jax(arguments):
+    program = f"""
+import contextlib, io, sys
+from dycoke_jax.cli import main
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    main({arguments})
+print([name for name in ("jax", "flax", "av", "transformers") if name in sys.modules])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert result.stdout == "[]\n"

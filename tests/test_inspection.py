@@ -6,7 +6,7 @@ from PIL import Image
 from support.reference import paper_merge
 from support.tiny import tiny_model, video
 
-from dycoke_jax import DyCoke, DycokeError
+from dycoke_jax import Decoding, DyCoke, DycokeError
 from dycoke_jax.generation.encode import encode
 from dycoke_jax.inspection.drawing import paint_frames, save, sheet
 from dycoke_jax.inspection.tracing import trace_answer
@@ -24,8 +24,8 @@ SETTINGS = {
 @pytest.mark.parametrize("compression", SETTINGS.values(), ids=SETTINGS)
 def test_traces_are_of_the_same_answer(compression):
     model, clip = tiny_model(), video(0, 8)
-    trace = trace_answer(model, clip, "What?", compression=compression, max_new_tokens=6)
-    answer = model.generate([clip], ["What?"], compression=compression, max_new_tokens=6)[0]
+    trace = trace_answer(model, clip, "What?", compression=compression, decoding=Decoding(6))
+    answer = model.generate([clip], ["What?"], compression=compression, decoding=Decoding(6))[0]
     assert (trace.text, trace.tokens) == (answer.text, answer.tokens)
     assert trace.kept.sum() == answer.tokens.merged
     assert tuple(trace.attended.sum((1, 2))) == answer.tokens.attended
@@ -38,8 +38,8 @@ def test_traces_are_of_the_same_answer(compression):
 def test_tokens_are_told_apart_from_newlines(newline):
     """Which tokens stay is the same in every layout, however newlines lie among them."""
     model, clip = tiny_model(newline), video(1, 6)
-    trace = trace_answer(model, clip, "?", compression=DyCoke(layer=2), max_new_tokens=3)
-    features = np.asarray(encode(model.model, [clip], 1))[0]
+    trace = trace_answer(model, clip, "?", compression=DyCoke(layer=2), decoding=Decoding(3))
+    features = np.asarray(encode(model.model, [clip], 1, 6).tokens)[0]
     assert np.flatnonzero(trace.kept).tolist() == paper_merge(features, 0.7).tolist()
     assert trace.attended.shape == (2, 6, 16)
 
@@ -66,7 +66,7 @@ def test_frames_show_what_became_of_each_token():
 
 
 def test_pictures_are_written_whole_or_not_at_all(tmp_path):
-    trace = trace_answer(tiny_model(), video(0, 10), "?", max_new_tokens=2)
+    trace = trace_answer(tiny_model(), video(0, 10), "?", decoding=Decoding(2))
     picture = sheet([("clip: ?\nan answer", trace), ("again", trace)])
     save(picture, tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as image:

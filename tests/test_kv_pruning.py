@@ -16,10 +16,13 @@ from support.reference import Qwen2, kept_of
 from dycoke_jax import DyCoke
 from dycoke_jax.cache import Slots
 from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet
+from dycoke_jax.compression.protocol import Compression
+from dycoke_jax.compression.view import View
 from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
 from dycoke_jax.generation.assemble import TextIds, Visual
 from dycoke_jax.generation.decode import decode_step
-from dycoke_jax.generation.prefill import last_attention, read_prompt, start
+from dycoke_jax.generation.layout import Layout, group_layers
+from dycoke_jax.generation.prefill import read_prompt, start
 from dycoke_jax.generation.state import Limits, take_token
 from dycoke_jax.generation.walk import walk_prompt
 from dycoke_jax.model import Model
@@ -29,31 +32,43 @@ PREFIX, QUESTION = 6, 9
 """Text slots of a prompt. Rows fill some of them; one size for all tests saves compilations."""
 NO_VISION = VisionConfig(8, 8, 1, 1, patch_size=14, image_size=56)
 step = jax.jit(
-    lambda model, state, pruning, slots: decode_step(model.bind(), state, pruning, slots),
-    static_argnums=(2, 3),
+    lambda model, state, layout: decode_step(model.bind(), state, layout), static_argnums=2
 )
 
 
-@functools.partial(jax.jit, static_argnames=("pruning", "generated"))
-def read(model, visual, text, pruning, generated):
+def lay_out(model, slots, method, rows=1):
+    """The layout of a batch whose visual embeddings are given."""
+    layers = model.config.text.num_layers
+    return Layout(rows, 0, None, group_layers(layers, slots, method.stages))
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def read(model, visual, text, layout):
     """The state before the first token, of prompts that may have empty slots."""
-    network = model.bind()
-    prompt = read_prompt(network, visual, text)
-    slots = slice(text.prefix.shape[1], text.prefix.shape[1] + visual.valid.shape[1])
-    last = slots.stop + text.question_length - 1
-    scores = last_attention(network, prompt, pruning.layer - 1, last)[:, :, slots].mean(1)
-    rows = text.prefix.shape[0]
-    return start(
-        prompt.caches, prompt.valid, visual, None, scores, limits(rows), pruning, generated
-    )
+    views = read_prompt(model.bind(), visual, text, layout).views
+    return start(visual, text, views, limits(layout.rows), layout.slots.generated)
 
 
 def limits(rows):
     return Limits(jnp.full(rows, 1000), jnp.full((rows, 1), -1))
 
 
-def no_scores(segment):
-    return jnp.zeros(segment.valid.shape)
+def segment_of(embeds, is_visual=None, valid=None):
+    """Visual slots with these embeddings, all of them visual tokens unless it is said."""
+    shape = embeds.shape[:2]
+    everything = np.ones(shape, bool)
+    return Visual(
+        jnp.asarray(embeds),
+        jnp.asarray(everything if valid is None else valid),
+        jnp.asarray(everything if is_visual is None else is_visual),
+        jnp.broadcast_to(jnp.arange(shape[1]), shape),
+    )
+
+
+def chosen_of(state, row):
+    """Numbers of the visual tokens that the last layers attend to."""
+    view = state.views[-1]
+    return set(np.asarray(view.places[row])[np.asarray(view.visible[row] & view.is_token[row])])
 
 
 @pytest.mark.parametrize("case", ["flat", "layer1_p90", "peaky"])
@@ -78,30 +93,50 @@ def test_official_equals_the_authors_code(golden, case):
     prompt, steps = meta["total_prompt"], meta["steps"]
     slots = Slots(begin, visual, prompt - begin - visual, steps + 1)
     method = DyCoke(layer=meta["prune_layer"], p=meta["prune_ratio"], mode="official")
-    pruning = method.decode_pruning(slots, visual)
-    assert isinstance(pruning, MaskedCache)
+    assert isinstance(method.stages.cache, MaskedCache)
 
     embeds = jnp.asarray(data["inputs_embeds"])[None]
-    everything = jnp.ones((1, prompt), bool)
     model = Model(params, config)
-    network = model.bind()
-    x, caches, _ = jax.jit(functools.partial(walk_prompt, network.language_model))(
-        embeds, jnp.arange(prompt)[None], everything
-    )
-    np.testing.assert_allclose(network.logits(x)[0, -4:], data["prefill_logits"], atol=1e-3)
-    all_visual = jnp.ones((1, visual), bool)
-    segment = Visual(embeds[:, slots.visual_range], all_visual, all_visual)
-    state = start(
-        caches, everything, segment, None, no_scores(segment), limits(1), pruning, steps + 1
-    )
+    layout = lay_out(model, slots, method)
+    state, logits = jax.jit(begin_with_embeddings, static_argnums=2)(model, embeds, layout)
+    np.testing.assert_allclose(logits[0, -4:], data["prefill_logits"], atol=1e-3)
     kept = np.split(data["kept_indices"], np.cumsum(data["kept_lengths"])[:-1])
     for index in range(steps):
         state = take_token(state, jnp.array([int(data["fed_tokens"][index])]), limits(1))
-        logits, state = step(model, state, pruning, slots)
+        logits, state = step(model, state, layout)
+        view = state.views[-1]
         np.testing.assert_allclose(logits[0], data["step_logits"][index + 1], atol=1e-3)
-        np.testing.assert_allclose(state.pruned.similarity, data["similarity"][index], atol=1e-4)
-        assert bool(state.pruned.refreshed[0]) == bool(data["refreshed"][index])
-        np.testing.assert_array_equal(np.flatnonzero(state.pruned.visible[0]), kept[index])
+        np.testing.assert_allclose(view.memory.similarity, data["similarity"][index], atol=1e-4)
+        assert bool(view.refreshed[0]) == bool(data["refreshed"][index])
+        np.testing.assert_array_equal(np.flatnonzero(view.visible[0]), kept[index])
+
+
+def begin_with_embeddings(model, embeds, layout):
+    """The state before the first token and all logits of a prompt that is given as embeddings."""
+    network, slots = model.bind(), layout.slots
+    length = embeds.shape[1]
+    everything = jnp.ones((1, length), bool)
+    places, room = jnp.arange(length)[None], ((0, 0), (0, slots.generated))
+    visual = slots.visual_range
+    is_token = (places >= visual.start) & (places < visual.stop)
+    x, views = embeds, []
+    for group in layout.groups:
+        x, caches, _ = walk_prompt(
+            network.language_model, x, places, everything, group.first, group.stop
+        )
+        view = View(
+            [cache.pad(slots.generated) for cache in caches],
+            *(jnp.pad(mark, room) for mark in (everything, is_token, places - visual.start)),
+            jnp.zeros(1, bool),
+        )
+        if group.cache is not None:
+            view = group.cache.start(view, slots, jnp.zeros((1, slots.visual)))
+        views.append(view)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    text = TextIds(ids, jnp.array([slots.prefix]), ids, jnp.array([slots.question]))
+    segment = segment_of(embeds[:, visual])
+    state = start(segment, text, views, limits(1), slots.generated)
+    return state, network.logits(network.language_model.norm(x))
 
 
 def random_model(seed, layers=4, scale=8.0):
@@ -124,7 +159,6 @@ def ragged_prompts(model, seed, lengths, visual):
         np.array([question for _, question in lengths]),
     )
     embeds = rng.normal(size=(rows, visual, model.config.text.hidden_size)).astype(np.float32)
-    all_visual = jnp.ones((rows, visual), bool)
     table = np.asarray(model.params["language_model.embed_tokens.weight"])
     alone = [
         np.concatenate([table[text.prefix[row, :p]], embeds[row], table[text.question[row, :q]]])
@@ -132,18 +166,20 @@ def ragged_prompts(model, seed, lengths, visual):
     ]
     slots = Slots(PREFIX, visual, QUESTION, 16)
     text = TextIds(*map(jnp.asarray, text))
-    return text, Visual(jnp.asarray(embeds), all_visual, all_visual), slots, alone
+    return text, segment_of(embeds), slots, alone
 
 
-def run_steps(model, text, visual, slots, pruning, fed):
+def run_steps(model, text, visual, slots, method, fed):
     """Logits [steps, B, L], refreshed [steps, B] and the states of feeding given tokens."""
-    state, rows = read(model, visual, text, pruning, slots.generated), len(text.prefix)
+    rows = len(text.prefix)
+    layout = lay_out(model, slots, method, rows)
+    state = read(model, visual, text, layout)
     logits, refreshed, states = [], [], []
     for tokens in fed:
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(rows))
-        out, state = step(model, state, pruning, slots)
+        out, state = step(model, state, layout)
         logits.append(np.asarray(out))
-        refreshed.append(np.asarray(state.pruned.refreshed))
+        refreshed.append(np.asarray(state.views[-1].refreshed))
         states.append(state)
     return np.stack(logits), np.stack(refreshed), states
 
@@ -159,7 +195,7 @@ def run_steps(model, text, visual, slots, pruning, fed):
 def test_paper_equals_the_text_of_the_paper(seed, visual, lengths, layer, p):
     model = random_model(seed % 5)
     text, segment, slots, alone = ragged_prompts(model, seed, lengths, visual)
-    pruning = DyCoke(layer=layer, p=p).decode_pruning(slots, visual)
+    pruning = DyCoke(layer=layer, p=p).stages.cache
     assert isinstance(pruning, WorkingSet)
     fed = np.random.default_rng(seed).integers(0, 64, (6, len(lengths)))
     logits, refreshed, states = run_steps(model, text, segment, slots, pruning, fed)
@@ -172,9 +208,9 @@ def test_paper_equals_the_text_of_the_paper(seed, visual, lengths, layer, p):
         np.testing.assert_array_equal(refreshed[:, row], refreshes)
         np.testing.assert_allclose(logits[:, row], wanted[1:], atol=2e-3)
         for index, state in enumerate(states):
-            chosen = {prefix + int(place) for place in state.pruned.chosen[row]}
+            chosen = {prefix + place for place in chosen_of(state, row)}
             assert chosen == kept[index]
-            assert int(state.pruned.attended[row]) == len(chosen) == kept_of(visual, p)
+            assert int(state.views[-1].attended()[row]) == len(chosen) == kept_of(visual, p)
 
 
 @settings(max_examples=5)
@@ -188,7 +224,7 @@ def test_paper_equals_the_text_of_the_paper(seed, visual, lengths, layer, p):
 def test_dropping_lets_the_last_token_of_the_prompt_choose_once(seed, visual, lengths, layer, p):
     model = random_model(seed % 5)
     text, segment, slots, alone = ragged_prompts(model, seed, lengths, visual)
-    pruning = DyCoke(layer=layer, p=p, parked="drop").decode_pruning(slots, visual)
+    pruning = DyCoke(layer=layer, p=p, parked="drop").stages.cache
     assert isinstance(pruning, OneShot)
     fed = np.random.default_rng(seed).integers(0, 64, (4, len(lengths)))
     logits, refreshed, states = run_steps(model, text, segment, slots, pruning, fed)
@@ -201,10 +237,9 @@ def test_dropping_lets_the_last_token_of_the_prompt_choose_once(seed, visual, le
         )
         np.testing.assert_allclose(logits[:, row], wanted[1:], atol=2e-3)
         for index, state in enumerate(states):
-            places = np.flatnonzero(state.pruned.chosen_slots()[row])
-            chosen = {prefix + int(place) for place in places}
+            chosen = {prefix + place for place in chosen_of(state, row)}
             assert chosen == kept[index]
-            assert int(state.pruned.attended[row]) == len(chosen) == kept_of(visual, p)
+            assert int(state.views[-1].attended()[row]) == len(chosen) == kept_of(visual, p)
 
 
 def test_dropping_holds_no_second_copy_of_the_visual_cache():
@@ -213,9 +248,9 @@ def test_dropping_holds_no_second_copy_of_the_visual_cache():
     text, segment, slots, _ = ragged_prompts(model, 7, [(3, 5)], 20)
     sizes = {}
     for parked in ("device", "drop"):
-        pruning = DyCoke(layer=2, p=0.6, parked=parked).decode_pruning(slots, 20)
+        pruning = DyCoke(layer=2, p=0.6, parked=parked).stages.cache
         state = run_steps(model, text, segment, slots, pruning, [[1]])[2][0]
-        sizes[parked] = sum(x.nbytes for x in jax.tree.leaves(state.pruned) if x.ndim == 4)
+        sizes[parked] = sum(x.nbytes for x in jax.tree.leaves(state.views[-1]) if x.ndim == 4)
     slot = (
         2 * 2 * model.config.text.num_kv_heads * model.config.text.head_dim * 4
     )  # two layers, keys, values
@@ -228,40 +263,41 @@ def test_working_set_equals_a_masked_full_cache():
     model = random_model(1)
     lengths = [(3, 5), (6, 2), (1, 9)]
     text, segment, slots, _ = ragged_prompts(model, 7, lengths, 20)
-    compact = DyCoke(layer=2, p=0.6).decode_pruning(slots, 20)
+    compact = DyCoke(layer=2, p=0.6).stages.cache
     fed = np.random.default_rng(0).integers(0, 64, (12, 3))
     logits, refreshed, states = run_steps(model, text, segment, slots, compact, fed)
     assert refreshed[0].all()
     assert 0 < refreshed[1:].mean() < 1, "the case must hold steps of both kinds"
 
     # The same choices on a full cache, where a mask hides what was not chosen.
-    masked = ReplayedMask(2, slots, np.stack([s.pruned.chosen for s in states]))
-    state = read(model, segment, text, masked, slots.generated)
+    chosen = np.zeros((12, 3, 20), bool)
+    for index, row in np.ndindex(12, 3):
+        chosen[index, row, [*chosen_of(states[index], row)]] = True
+    layout = lay_out(model, slots, ReplayedMask(2, chosen), 3)
+    state = read(model, segment, text, layout)
     for index, tokens in enumerate(fed):
         state = take_token(state, jnp.asarray(tokens, jnp.int32), limits(3))
-        out, state = step(model, state, masked, slots)
+        out, state = step(model, state, layout)
         np.testing.assert_allclose(out, logits[index], atol=1e-4)
 
 
 class ReplayedMask:
     """A full cache whose hidden slots follow a list of kept sets."""
 
-    def __init__(self, layer, slots, chosen):
-        self.layer, self.slots, self.chosen = layer, slots, chosen
-        self.inner = MaskedCache(layer, 0, 0.9, slots)
+    def __init__(self, layer, chosen):
+        self.layer, self.chosen = layer, chosen
+        self.stages = Compression(cache=self)
 
-    def start(self, caches, valid, is_visual, scores):
-        return self.inner.start(caches, valid, is_visual, scores)
+    def check(self, config, frames):
+        pass
 
-    def update(self, state, scores, step, active):
-        state = self.inner.update(state, scores, step, active)
-        rows = jnp.arange(state.is_visual.shape[0])[:, None]
-        chosen = jnp.asarray(self.chosen)[step]
-        of_chosen = jnp.zeros(state.is_visual.shape, bool).at[rows, chosen].set(True)
-        visual = self.slots.visual_range
-        valid = state.valid
-        visible = valid.at[:, visual].set(valid[:, visual] & of_chosen)
-        return replace(state, visible=visible)
+    def start(self, view, slots, scores):
+        return replace(view, memory=jnp.int32(0))
+
+    def update(self, view, slots, scores, active):
+        chosen = jnp.asarray(self.chosen)[view.memory]
+        visible = view.visible.at[:, slots.visual_range].set(chosen)
+        return replace(view, visible=visible, memory=view.memory + 1)
 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
@@ -270,7 +306,7 @@ def test_rows_of_a_batch_do_not_mix(mode):
     model = random_model(2)
     lengths = [(2, 4), (5, 7), (3, 1)]
     text, segment, slots, _ = ragged_prompts(model, 3, lengths, 15)
-    pruning = DyCoke(layer=2, p=0.7, mode=mode).decode_pruning(slots, 15)
+    pruning = DyCoke(layer=2, p=0.7, mode=mode).stages.cache
     fed = np.random.default_rng(4).integers(0, 64, (12, 3))
     logits, refreshed, _ = run_steps(model, text, segment, slots, pruning, fed)
     assert (refreshed.any(1) & ~refreshed.all(1)).any(), "rows must differ in when they refresh"
@@ -297,10 +333,38 @@ def test_newlines_stay_and_do_not_compete():
     gone = np.zeros((1, 12), bool)
     gone[0, 7] = True
     segment = segment._replace(valid=jnp.asarray(~gone), is_visual=jnp.asarray(~newline))
-    pruning = DyCoke(layer=2, p=0.5).decode_pruning(slots, 9)
-    assert (pruning.kept, pruning.protected) == (4, 3)
+    slots = replace(slots, newlines=3)
+    pruning = DyCoke(layer=2, p=0.5).stages.cache
     _, _, states = run_steps(model, text, segment, slots, pruning, [[1]])
-    pruned = states[0].pruned
-    assert set(np.flatnonzero(newline)) <= set(pruned.chosen[0].tolist())
-    assert int(pruned.attended[0]) == 4
-    assert int(pruned.visible[0, : 4 + 3].sum()) == 4 + 2
+    view = states[0].views[-1]
+    assert {3, 11} <= set(view.memory.chosen[0].tolist())
+    assert int(view.attended()[0]) == 4
+    assert int(view.visible[0, : 4 + 3].sum()) == 4 + 2
+
+
+@pytest.mark.parametrize("method", [{}, {"parked": "drop"}, {"mode": "official"}], ids=str)
+def test_empty_slots_are_neither_chosen_nor_counted(method):
+    """A row with fewer visual tokens than slots attends to what its prompt alone attends to."""
+    model = random_model(2)
+    lengths, visual = [(2, 4), (5, 7), (3, 1)], 15
+    text, segment, slots, _ = ragged_prompts(model, 3, lengths, visual)
+    counts = [15, 9, 1]
+    valid = np.arange(visual) < np.array(counts)[:, None]
+    pruning = DyCoke(layer=2, p=0.6, **method).stages.cache
+    fed = np.random.default_rng(4).integers(0, 64, (6, 3))
+    some = segment._replace(valid=jnp.asarray(valid))
+    logits, refreshed, states = run_steps(model, text, some, slots, pruning, fed)
+    for row, count in enumerate(counts):
+        one = slice(row, row + 1)
+        alone = run_steps(
+            model,
+            TextIds(*(array[one] for array in text)),
+            segment_of(segment.embeds[one, :count]),
+            replace(slots, visual=count),
+            pruning,
+            fed[:, one],
+        )
+        np.testing.assert_array_equal(alone[1][:, 0], refreshed[:, row])
+        np.testing.assert_allclose(alone[0][:, 0], logits[:, row], atol=1e-4)
+        for index, state in enumerate(states):
+            assert chosen_of(state, row) == chosen_of(alone[2][index], 0)

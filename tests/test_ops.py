@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dycoke_jax.generation.assemble import newline_slots, place_newlines
+from dycoke_jax.compression.protocol import Rows
+from dycoke_jax.generation.assemble import all_rows, newline_slots, place_newlines
 from dycoke_jax.ops.attention import attention, decode_attention
 from dycoke_jax.ops.pooling import pool
 from dycoke_jax.ops.rope import rotate, rotations
@@ -119,14 +120,12 @@ GRID = (2, 3)
 NEWLINE = -np.ones(4, np.float32)
 
 
-def place(features, kept, where):
-    return place_newlines(
-        jnp.asarray(features),
-        None if kept is None else jnp.asarray(kept, jnp.int32),
-        jnp.asarray(NEWLINE),
-        where,
-        GRID,
-    )
+def place(features, rows, where):
+    return place_newlines(jnp.asarray(features), rows, jnp.asarray(NEWLINE), where, GRID)
+
+
+def rows_of(kept, valid=None):
+    return Rows(jnp.asarray(kept, jnp.int32), None if valid is None else jnp.asarray(valid))
 
 
 def plain_sequence(clip, kept, where):
@@ -155,13 +154,42 @@ def test_newlines_follow_the_rows_that_are_left(where, seed, frames, share):
     count = max(1, int(share * total))
     rng = np.random.default_rng(seed)
     kept = np.stack([np.sort(rng.permutation(total)[:count]) for _ in range(2)])
-    visual = place(features, kept, where)
+    visual = place(features, rows_of(kept), where)
     assert visual.valid.shape[1] == count + newline_slots(where, GRID, frames)
     for row in range(2):
         wanted = plain_sequence(features[row], kept[row], where)
         valid = np.asarray(visual.valid[row])
         np.testing.assert_array_equal(visual.embeds[row][valid], [vector for vector, _ in wanted])
         np.testing.assert_array_equal(visual.is_visual[row][valid], [is_v for _, is_v in wanted])
+        tokens = valid & np.asarray(visual.is_visual[row])
+        np.testing.assert_array_equal(visual.places[row][tokens], kept[row])
+
+
+@pytest.mark.parametrize("where", ["one_token", "grid", "frame", "no_token"])
+@given(seed=st.integers(0, 500), frames=st.integers(1, 4), share=st.floats(0.05, 1))
+def test_empty_rows_leave_no_trace(where, seed, frames, share):
+    """Of M rows some hold no token, in the middle and at the end: neither do their newlines."""
+    features = normal(seed, 1, frames, 6, 4)
+    total = frames * 6
+    count = max(1, int(share * total))
+    rng = np.random.default_rng(seed)
+    kept, valid = np.sort(rng.permutation(total)[:count]), rng.random(count) < 0.6
+    visual = place(features, rows_of(kept[None], valid[None]), where)
+    wanted = plain_sequence(features[0], kept[valid], where)
+    found = np.asarray(visual.valid[0])
+    assert int(found.sum()) == len(wanted)
+    if wanted:
+        np.testing.assert_array_equal(visual.embeds[0][found], [vector for vector, _ in wanted])
+        np.testing.assert_array_equal(visual.is_visual[0][found], [is_v for _, is_v in wanted])
+
+
+def test_new_rows_stand_where_their_places_say():
+    features, made = normal(1, 1, 2, 6, 4), normal(2, 1, 3, 4)
+    rows = rows_of([[1, 4, 7]])._replace(embeds=jnp.asarray(made))
+    visual = place(features, rows, "grid")
+    found = np.asarray(visual.valid[0])
+    wanted = [made[0, 0], NEWLINE, made[0, 1], NEWLINE, made[0, 2], NEWLINE]
+    np.testing.assert_array_equal(visual.embeds[0][found], wanted)
 
 
 @pytest.mark.parametrize("where", ["one_token", "grid", "frame", "no_token"])
@@ -179,7 +207,7 @@ def test_all_tokens_kept_is_the_reference_layout(where):
         wanted = clip.reshape(-1, 4)
         if where == "one_token":
             wanted = torch.cat([wanted, newline[None]])
-    visual = place(features, None, where)
+    visual = place(features, all_rows(jnp.asarray(features), jnp.array([3])), where)
     assert visual.valid.all()
     np.testing.assert_array_equal(visual.embeds[0], wanted)
 
@@ -187,6 +215,6 @@ def test_all_tokens_kept_is_the_reference_layout(where):
 def test_official_order_is_kept_with_one_newline():
     features = normal(2, 1, 2, 6, 4)
     kept = np.array([[3, 0, 11, 7]])
-    visual = place(features, kept, "one_token")
+    visual = place(features, rows_of(kept), "one_token")
     np.testing.assert_array_equal(visual.embeds[0, :4], features.reshape(12, 4)[kept[0]])
     np.testing.assert_array_equal(visual.embeds[0, 4], NEWLINE)

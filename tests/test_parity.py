@@ -12,10 +12,13 @@ from support.checkpoints import VIDEO_TOKEN, tiny_llava_hf, to_lmms_lab
 from support.tokenizers import tiny_tokenizer
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from dycoke_jax import LlavaVideo, checkpoint
-from dycoke_jax.generation.assemble import TextIds, place_newlines
+from dycoke_jax import Decoding, LlavaVideo, checkpoint
+from dycoke_jax.cache import Slots
+from dycoke_jax.compression.protocol import Compression
+from dycoke_jax.generation.assemble import TextIds, all_rows, no_visual, place_newlines
 from dycoke_jax.generation.encode import encode
-from dycoke_jax.generation.prefill import no_visual, read_prompt
+from dycoke_jax.generation.layout import Layout, group_layers
+from dycoke_jax.generation.prefill import read_prompt
 from dycoke_jax.inputs.prompts import build_prompt
 from dycoke_jax.model import Model
 from dycoke_jax.models.qwen2 import positions_of
@@ -78,9 +81,10 @@ def test_projector_pooling_and_newline(pair, frames):
             to_torch(frames)[None], vision_feature_layer=-1, vision_feature_select_strategy="full"
         )
     wanted = wanted.pooler_output.reshape(-1, ours.config.text.hidden_size)
-    features = encode(ours.model, [frames], 1)
+    features = encode(ours.model, [frames], 1, FRAMES).tokens
     newline = ours.params["image_newline"]
-    visual = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
+    everything = all_rows(features, jnp.array([FRAMES]))
+    visual = place_newlines(features, everything, newline, "one_token", ours.config.frame_grid)
     np.testing.assert_allclose(visual.embeds[0], wanted, atol=TOLERANCE, rtol=0)
 
 
@@ -97,6 +101,15 @@ def text_of(prompt, padding=0):
         jnp.asarray([[*prompt.after, *empty]], jnp.int32),
         jnp.asarray([len(prompt.after)]),
     )
+
+
+def read_plain(model, segment, text):
+    """The states after the final norm of the plain model, and the slots that hold a token."""
+    slots = Slots(text.prefix.shape[1], segment.valid.shape[1], text.question.shape[1], 0)
+    groups = group_layers(model.config.text.num_layers, slots, Compression())
+    network = model.bind()
+    read = read_prompt(network, segment, text, Layout(1, 0, None, groups))
+    return network.language_model.norm(read.states), read.views[0].visible
 
 
 def hf_ids(prompt, visual):
@@ -131,12 +144,11 @@ def test_logits_at_every_position(pair, frames, has_video):
     text = text_of(prompt, padding=3)  # empty slots between the segments must change nothing
     segment = no_visual(ours.config, 1)
     if has_video:
-        features = encode(ours.model, [frames], 1)
+        features = encode(ours.model, [frames], 1, FRAMES).tokens
+        everything = all_rows(features, jnp.array([FRAMES]))
         newline = model.image_newline[...]
-        segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
-    x, _, valid, _ = jax.jit(lambda model, segment, text: read_prompt(model.bind(), segment, text))(
-        ours.model, segment, text
-    )
+        segment = place_newlines(features, everything, newline, "one_token", ours.config.frame_grid)
+    x, valid = jax.jit(read_plain)(ours.model, segment, text)
     logits = np.asarray(model.logits(x))[0][np.asarray(valid[0])]
     assert logits.shape == wanted.shape
     np.testing.assert_allclose(logits, wanted, atol=TOLERANCE, rtol=0)
@@ -165,7 +177,7 @@ def test_greedy_ids(pair, frames, has_video):
         [frames if has_video else None],
         ["What happens here, and when?"],
         compression=None,
-        max_new_tokens=32,
+        decoding=Decoding(32),
     )[0]
     assert len(wanted) == 32
     assert list(answer.token_ids) == wanted
@@ -186,10 +198,11 @@ def test_bfloat16_is_as_close_to_float32_as_torch_is(pair, frames):
     low = Model(half, ours.config, "bfloat16")
     model = low.bind()
     text = text_of(prompt)
-    features = encode(low, [frames], 1)
+    features = encode(low, [frames], 1, FRAMES).tokens
     newline = half["image_newline"]
-    segment = place_newlines(features, None, newline, "one_token", ours.config.frame_grid)
-    x = read_prompt(model, segment, text).states
+    everything = all_rows(features, jnp.array([FRAMES]))
+    segment = place_newlines(features, everything, newline, "one_token", ours.config.frame_grid)
+    x, _ = read_plain(low, segment, text)
     error = np.abs(np.asarray(model.logits(x)[0, -1]) - exact.numpy())
     assert 0 < error.mean() < 1.5 * float((theirs - exact).abs().mean())
 
@@ -225,7 +238,7 @@ def test_true_size_half_billion(tmp_path):
 
     model = LlavaVideo.from_pretrained(ours, dtype="float32")
     model.stop_ids = ()
-    answer = model.generate([frames], ["What is it?"], compression=None, max_new_tokens=8)[0]
+    answer = model.generate([frames], ["What is it?"], compression=None, decoding=Decoding(8))[0]
     prompt = prompt_of(model, True, "What is it?")
     del model
 

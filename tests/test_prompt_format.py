@@ -10,15 +10,15 @@ from support.tiny import tiny_model, video
 from support.tokenizers import qwen2_tokenizer, tiny_tokenizer
 from transformers import LlavaOnevisionProcessor
 
-from dycoke_jax import LlavaVideo
+from dycoke_jax import Decoding, LlavaVideo, Prompting, Request
 from dycoke_jax.checkpoint import convert, export
-from dycoke_jax.engine import Decoding
 from dycoke_jax.errors import CheckpointError, PromptError
-from dycoke_jax.inputs import FrameSampling, Prompt, build_prompt, time_instruction
+from dycoke_jax.inputs import Prompt, build_prompt, time_instruction
 from dycoke_jax.inputs.chat_template import build_prompt_by_template
 from dycoke_jax.inspection.tracing import trace_answer
 
 QWEN2 = qwen2_tokenizer()
+CHECKPOINT = Prompting(prompt_format="checkpoint")
 
 # The chat template that the llava-hf checkpoints of LLaVA-OneVision are published with.
 LLAVA_HF = (
@@ -271,8 +271,7 @@ def test_a_template_is_found_and_carried_along(plain, tmp_path, name):
     for place in (folder, tmp_path / "orbax", tmp_path / "hf"):
         model = LlavaVideo.from_pretrained(place)
         assert model.chat_template == LLAVA_HF
-        ask = (None, "What?", Decoding(), FrameSampling())
-        request, _ = model.request(*ask, prompt_format="checkpoint")
+        request = model.prepare(Request("What?", prompting=CHECKPOINT))
         assert request.prompt == expected_prompt(model, [turn("user", part("What?"))])
 
 
@@ -308,10 +307,9 @@ def test_a_template_that_is_no_text_is_refused(plain, tmp_path, value):
 
 def test_the_format_of_llava_next_stays_the_default(plain, tmp_path):
     model = LlavaVideo.from_pretrained(with_template(plain, tmp_path / "m", "chat_template.jinja"))
-    ask = (None, "What?", Decoding(), FrameSampling())
-    request, _ = model.request(*ask)
+    request = model.prepare(Request("What?"))
     assert request.prompt == build_prompt(model.tokenizer, "What?", has_video=False)
-    request, _ = model.request(*ask, system=None)
+    request = model.prepare(Request("What?", prompting=Prompting(system=None)))
     assert request.prompt == build_prompt(model.tokenizer, "What?", system=None, has_video=False)
 
 
@@ -348,13 +346,13 @@ def test_a_checkpoint_without_a_template_is_refused_in_one_line(plain):
     assert err.startswith("error: the checkpoint has no chat template")
     assert err.count("\n") == 1
     with pytest.raises(PromptError, match="no chat template"):
-        LlavaVideo.from_pretrained(plain).generate(None, ["?"], prompt_format="checkpoint")
+        LlavaVideo.from_pretrained(plain).generate(None, ["?"], prompting=CHECKPOINT)
 
 
 def test_a_trace_asks_by_the_template_too():
     model, clip = tiny_model(), video(0, 4)
     model.chat_template = LLAVA_HF
-    settings = {"prompt_format": "checkpoint", "compression": None, "max_new_tokens": 3}
+    settings = {"prompting": CHECKPOINT, "compression": None, "decoding": Decoding(3)}
     trace = trace_answer(model, clip, "What?", **settings)
     answer = model.generate([clip], ["What?"], **settings)[0]
     assert (trace.text, trace.tokens) == (answer.text, answer.tokens)

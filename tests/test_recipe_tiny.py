@@ -214,16 +214,17 @@ def test_a_stage_may_alternate_with_another():
 
 
 def test_alignment_refuses_a_tokenizer_that_splits_names():
-    params, tokenizer = {}, tiny_tokenizer()
+    model, tokenizer = Model({}, TINY), tiny_tokenizer()
     with pytest.raises(DycokeError, match="single token for"):
-        align(TINY, params, tokenizer, steps=1)
+        align(model, tokenizer, steps=1)
 
 
 @pytest.mark.slow
 def test_pre_training_leaves_later_layers_unchanged(tokenizer):
     params = random_params(TINY)
-    aligned = align(TINY, params, tokenizer, steps=2)
-    probed = train_probes(TINY, aligned, steps=2)
+    aligned = align(Model(params, TINY), tokenizer, steps=2)
+    probed = train_probes(aligned, steps=2).params
+    aligned = aligned.params
     assert params.keys() == aligned.keys() == probed.keys() - {PROBES}
     assert probed[PROBES].shape == probes_shape(TINY).shape
     for path, weight in params.items():

@@ -8,8 +8,9 @@ from PIL import Image
 from rich.console import Console
 from support.command_line import run_main
 
-from dycoke_jax import DycokeError
-from dycoke_jax.evaluation import report
+from dycoke_jax import DyCoke, DycokeError
+from dycoke_jax.compression.baselines import RandomTokens
+from dycoke_jax.evaluation import accuracy, report
 from dycoke_jax.evaluation.accuracy import Result
 from dycoke_jax.evaluation.settings import DEFAULT, HEADLINES, SWEEPS
 from dycoke_jax.tasks.questions import KINDS
@@ -79,11 +80,45 @@ def test_settings_of_one_line_differ_in_one_number():
     assert {name for names in lines.values() for name in names} == (HEADLINES | SWEEPS).keys()
 
 
+def test_settings_that_are_texts_are_lines_of_their_own():
+    texts = ["dycoke(k=0.5,p=0.5)", "dycoke(k=.7, mode=official)", "random"]
+    lines = report.sweeps(["full", "random tokens K=0.3", *texts])
+    assert all(lines[text] == [text] for text in texts)
+    assert lines["random tokens"] == ["random tokens K=0.3"]
+
+
 def test_plot_is_a_picture(tmp_path):
     results = [result("full", 38, 256), result("paper K=0.5", 37), result("paper K=0.7", 36, 90)]
     report.plot(results, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 500
+
+
+def test_compress_says_what_is_compared_with_the_plain_model(tmp_path, monkeypatch):
+    asked = {}
+
+    def evaluate(model, clips, name, compression, **settings):
+        asked[name] = compression
+        return result(name, 20)
+
+    monkeypatch.setattr(accuracy, "evaluate", evaluate)
+    texts = ["random(k=0.5)", "dycoke(k=.5, parked=drop)"]
+    ask = ("eval", tmp_path / "r.json", "--clips", 1, "--compress", texts[0], "--compress")
+    code, out, _ = run_main(*ask, texts[1], "--json")
+    assert code == 0
+    compared = {"full": None, texts[0]: RandomTokens(0.5), texts[1]: DyCoke(0.5, parked="drop")}
+    assert asked == compared
+    assert json.loads(out)["settings"].keys() == compared.keys()
+    for added, says in (
+        (("random", "--settings", "all"), "--compress and --settings both choose"),
+        (("nothing",), "there is no method 'nothing'"),
+        (("dycoke(layer=99)",), "DyCoke: layer is 99; with "),
+    ):
+        code, out, err = run_main(*ask, *added)
+        assert (code, out) == (2, "")
+        assert says in err
+        assert err.count("\n") == 1
+    assert asked == compared
 
 
 @pytest.mark.slow

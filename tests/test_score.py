@@ -7,7 +7,7 @@ from support.checkpoints import VIDEO_TOKEN
 from support.reference import Qwen2, paper_merge
 from support.tiny import tiny_model, video
 
-from dycoke_jax import DyCoke
+from dycoke_jax import Decoding, DyCoke
 from dycoke_jax.errors import PromptError, RequestError
 from dycoke_jax.generation.encode import encode
 from dycoke_jax.inputs.prompts import build_prompt, encode_answer
@@ -54,7 +54,7 @@ def test_likelihoods_with_dycoke_are_those_of_the_paper(model):
     """Merged and pruned, against plain NumPy behind the vision tower."""
     clips = [video(seed, 7, 0.5) for seed in range(2)]
     scored = model.score(clips, PROMPTS[:2], ANSWERS[:2], compression=DyCoke(k=0.6, layer=2))
-    features = np.asarray(encode(model.model, clips, 2))
+    features = np.asarray(encode(model.model, clips, 2, 7).tokens)
     table = np.asarray(model.params["language_model.embed_tokens.weight"])
     newline = np.asarray(model.params["image_newline"])[None]
     for clip, prompt, answer, one in zip(features, PROMPTS, ANSWERS, scored, strict=False):
@@ -86,12 +86,12 @@ def test_a_row_of_a_batch_has_the_likelihood_of_the_request_alone(model, compres
 @pytest.mark.parametrize("compression", METHODS, ids=["plain", "paper", "official", "drop"])
 def test_what_greedy_decoding_says_is_greedy(model, compression):
     """And an answer with another last token is not."""
-    from dycoke_jax.engine import Decoding, score_batch
-    from dycoke_jax.inputs import FrameSampling
+    from dycoke_jax.engine.batch import score_batch
+    from dycoke_jax.engine.requests import Request
 
     clip = video(0, 8)
-    said = model.generate([clip], ["What?"], compression=compression, max_new_tokens=12)[0]
-    request, _ = model.request(clip, "What?", Decoding(), FrameSampling())
+    said = model.generate([clip], ["What?"], compression=compression, decoding=Decoding(12))[0]
+    request = model.prepare(Request("What?", clip))
     other = (*said.token_ids[:-1], (said.token_ids[-1] + 1) % 256)
     for ids, is_greedy in ((said.token_ids, True), (other, False)):
         one = score_batch(model.model, [request], [ids], compression)[0]

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from support.tiny import tiny_model, video
 from support.tokenizers import tiny_tokenizer
 
-from dycoke_jax import DyCoke, DycokeError
+from dycoke_jax import Decoding, DyCoke, DycokeError
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.training.batches import Example, encode_part, pack
 from dycoke_jax.training.loss import score_answers
@@ -55,7 +56,7 @@ def test_an_answer_is_right_if_greedy_decoding_generates_it(k):
     model = tiny_model()
     clip = video(3, 5)
     compression = None if k is None else DyCoke(k=k, p=0.0)
-    said = model.generate([clip], ["What is it?"], compression=compression, max_new_tokens=6)[
+    said = model.generate([clip], ["What is it?"], compression=compression, decoding=Decoding(6))[
         0
     ].token_ids
     batch = pack(TOKENIZER, [Example(clip, ("What is it?",), ("......",))], 80)
@@ -100,8 +101,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     examples = [example(0), example(1, QUESTIONS[:1], ANSWERS[:1])]
     one = stacked(pack(TOKENIZER, examples, 200))
     two = stacked(*(pack(TOKENIZER, [e], 200) for e in examples))
-    whole, measured = train_step(model.config, settings, start(settings, model.params), one)
-    parts, again = train_step(model.config, settings, start(settings, model.params), two)
+    whole, measured = train_step(settings, start(settings, model.model), one)
+    parts, again = train_step(settings, start(settings, model.model), two)
     assert float(measured.loss) == pytest.approx(float(again.loss), rel=1e-5)
     assert float(measured.gradient) == pytest.approx(float(again.gradient), rel=1e-4)
     assert int(parts.step) == int(whole.step) == 1
@@ -124,7 +125,7 @@ def test_rematerialisation_leaves_the_gradient_as_it_is():
     batch = stacked(pack(TOKENIZER, [example()], 200))
     plain = Optimisation(steps=4, learning_rate=1e-3, warm_up=0)
     metrics = [
-        train_step(model.config, settings, start(settings, model.params), batch)[1]
+        train_step(settings, start(settings, model.model), batch)[1]
         for settings in (plain, replace(plain, rematerialise=True))
     ]
     assert float(metrics[0].gradient) == pytest.approx(float(metrics[1].gradient), rel=1e-4)
@@ -135,9 +136,9 @@ def test_bfloat16_keeps_float32_weights():
     batch = stacked(pack(TOKENIZER, [example()], 200))
     settings = Optimisation(steps=4, learning_rate=1e-3, warm_up=0)
     half = replace(settings, dtype="bfloat16")
-    state, metrics = train_step(model.config, half, start(half, model.params), batch)
-    exact = train_step(model.config, settings, start(settings, model.params), batch)[1]
-    assert {x.dtype for x in state.params.values()} == {jnp.dtype("float32")}
+    state, metrics = train_step(half, start(half, model.model), batch)
+    exact = train_step(settings, start(settings, model.model), batch)[1]
+    assert {x.dtype for x in state.model.params.values()} == {jnp.dtype("float32")}
     assert float(metrics.loss) == pytest.approx(float(exact.loss), rel=0.05)
 
 
@@ -146,8 +147,8 @@ def test_frozen_modules_stay_as_they_are(frozen):
     model = tiny_model(layers=1)
     settings = Optimisation(steps=4, learning_rate=1e-2, warm_up=0, **{frozen: 0.0})
     batch = stacked(pack(TOKENIZER, [example()], 200))
-    state, _ = train_step(model.config, settings, start(settings, model.params), batch)
-    for path, weight in state.params.items():
+    state, _ = train_step(settings, start(settings, model.model), batch)
+    for path, weight in state.model.params.items():
         same = bool((weight == model.params[path]).all())
         assert same == (module_of(path) == frozen), path
 
@@ -156,15 +157,15 @@ def test_frozen_layers_stay_as_they_are_and_have_no_moments():
     model = tiny_model(layers=3)
     settings = Optimisation(steps=4, learning_rate=1e-2, warm_up=0, frozen_layers=2)
     batch = stacked(pack(TOKENIZER, [example()], 200))
-    before = start(settings, model.params)
+    before = start(settings, model.model)
     held = {x.shape for x in jax.tree.leaves(before.optimiser)}
     assert model.params["language_model.embed_tokens.weight"].shape in held
     moments = sum(x.size for x in jax.tree.leaves(before.optimiser))
     frozen = ("language_model.layers.0.", "language_model.layers.1.")
     trained = sum(x.size for path, x in model.params.items() if not path.startswith(frozen))
     assert 2 * trained <= moments < 2 * trained + 100
-    state, _ = train_step(model.config, settings, before, batch)
-    for path, weight in state.params.items():
+    state, _ = train_step(settings, before, batch)
+    for path, weight in state.model.params.items():
         same = bool((weight == model.params[path]).all())
         assert same == path.startswith(frozen), path
 
@@ -186,7 +187,7 @@ class TwoTasks:
 
 
 def initial():
-    return tiny_model(layers=1).params
+    return tiny_model(layers=1).model
 
 
 def new_run(folder, source, optimisation, **settings):
@@ -208,8 +209,8 @@ def run(folder, source=None):
             source or TwoTasks(),
             Optimisation(steps=12, learning_rate=3e-3, warm_up=2),
             described={"seed": 0},
-            intervals=Intervals(log=1, evaluate=5, save=4),
-            evaluate=lambda params: {"norm": float(jnp.linalg.norm(params["image_newline"]))},
+            intervals=Intervals(log_every=1, evaluate_every=5, save_every=4),
+            evaluate=lambda model: {"norm": float(jnp.linalg.norm(model.params["image_newline"]))},
         )
     )
 
@@ -234,8 +235,13 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     with pytest.raises(Killed):
         run(tmp_path / "cut", Cut())
     resumed = run(tmp_path / "cut")
-    for path, weight in straight.items():
-        np.testing.assert_array_equal(weight, resumed[path], err_msg=path)
+    for path, weight in straight.params.items():
+        np.testing.assert_array_equal(weight, resumed.params[path], err_msg=path)
+    with ocp.training.Checkpointer(tmp_path / "straight" / "state") as saved:
+        names = saved.metadata(12).metadata
+    # Earlier versions wrote and read these names.
+    assert names.keys() == {"step", "params", "optimiser"}
+    assert names["params"].keys() == straight.params.keys()
     logs = [
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("straight", "cut")
@@ -245,13 +251,28 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     assert [entry["step"] for entry in logs[0] if "evaluation" in entry] == [5, 10, 12]
 
 
+def test_a_state_is_read_by_the_names_of_earlier_runs(tmp_path):
+    """The state of a finished run, written by hand as a plain dict, gives the trained model."""
+    settings = Optimisation(steps=1)
+    params = {path: x + 1 for path, x in initial().params.items()}
+    moments = start(settings, initial()).optimiser
+    with ocp.training.Checkpointer(tmp_path / "state") as saved:
+        saved.save(1, {"step": jnp.int32(1), "params": params, "optimiser": moments})
+    (tmp_path / "run.json").write_text("{}\n")
+    trained = train(new_run(tmp_path, TwoTasks.pictures, settings))
+    assert trained.params.keys() == params.keys()
+    for path, weight in params.items():
+        np.testing.assert_array_equal(trained.params[path], weight, err_msg=path)
+
+
 @pytest.mark.slow
 def test_loss_falls_from_scratch(tmp_path):
     """From chance over 320 token ids (5.8 nats) to below 2.5 nats in 80 steps on pictures."""
     settings = Optimisation(steps=80, learning_rate=1e-2, warm_up=5)
-    params = {k: v / 10 if v.ndim > 1 else v for k, v in initial().items()}
+    model = initial()
+    params = {k: v / 10 if v.ndim > 1 else v for k, v in model.params.items()}
     small = new_run(tmp_path / "run", TwoTasks.pictures, settings)
-    train(replace(small, initial=lambda: params))
+    train(replace(small, initial=lambda: replace(model, params=params)))
     entries = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert entries[-1]["step"] == 80
     assert entries[-1]["loss"] < 2.5

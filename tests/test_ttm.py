@@ -23,7 +23,18 @@ def clip(seed, frames, tokens=9, width=16, batch=None):
 
 def merged(features, **settings):
     """Compiled, as in use: a compiler may sum in another order than single operations do."""
-    return np.asarray(jax.jit(DyCoke(**settings).select)(jnp.asarray(features)))
+    return padded(features, [features.shape[1]] * len(features), **settings)
+
+
+def padded(features, frames, **settings):
+    """The places that are kept of each clip, which has so many frames; the others are empty."""
+    stage = DyCoke(**settings).stages.tokens
+    rows = jax.jit(stage.select)(jnp.asarray(features), jnp.asarray(frames, jnp.int32))
+    assert rows.embeds is None
+    assert rows.places.shape == (len(features), stage.most_rows(*features.shape[1:3]))
+    kept = [np.asarray(p)[np.asarray(v)] for p, v in zip(rows.places, rows.valid, strict=True)]
+    same = len({len(row) for row in kept}) == 1
+    return np.stack(kept) if same else kept
 
 
 @pytest.mark.parametrize("case", ONE_CLIP_CASES)
@@ -51,6 +62,19 @@ def test_paper_equals_the_text_of_the_paper(frames, tokens, batch, k, seed):
         np.testing.assert_array_equal(index[row], paper_merge(features[row], k))
 
 
+@pytest.mark.parametrize("mode", ["paper", "official"])
+@pytest.mark.parametrize("lengths", [(5, 6, 7, 8), (9, 11, 13, 14, 16)], ids=["8", "16"])
+def test_empty_frames_change_nothing(mode, lengths):
+    """Clips of several lengths in one batch keep what each keeps alone."""
+    features = clip(7, lengths[-1], 7, batch=len(lengths))
+    for row, length in enumerate(lengths):
+        features[row, length:] = 0
+    together = padded(features, lengths, k=0.6, mode=mode)
+    for row, length in enumerate(lengths):
+        alone = merged(features[row : row + 1, :length], k=0.6, mode=mode)[0]
+        np.testing.assert_array_equal(together[row], alone)
+
+
 def test_similarity_map_is_what_merging_decides_by():
     features = clip(3, 7, 5, batch=1)
     alike = np.asarray(similarity_map(jnp.asarray(features)))[0]
@@ -75,8 +99,7 @@ def test_similarity_map_is_what_merging_decides_by():
     ],
 )  # fmt: skip
 def test_official_counts_are_the_published_ones(frames, k, kept):
-    features = jax.ShapeDtypeStruct((1, frames, 196, 4), jnp.float32)
-    assert jax.eval_shape(DyCoke(k=k, mode="official").select, features).shape == (1, kept)
+    assert merged(clip(0, frames, 196, 4, batch=1), k=k, mode="official").shape == (1, kept)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +155,7 @@ def test_program_does_not_grow_with_frames():
     """No Python loop over frames: the number of operations is the same for any clip."""
 
     def operations(frames):
-        return len(jax.make_jaxpr(DyCoke().select)(jnp.zeros((2, frames, 9, 4))).eqns)
+        features, count = jnp.zeros((2, frames, 9, 4)), jnp.full(2, frames)
+        return len(jax.make_jaxpr(DyCoke().stages.tokens.select)(features, count).eqns)
 
     assert operations(8) == operations(64)

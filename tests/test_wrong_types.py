@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from support.tiny import tiny_model, video
 
-from dycoke_jax import DyCoke, LlavaVideo
+from dycoke_jax import Decoding, DyCoke, FrameSampling, LlavaVideo, Prompting, Request
 from dycoke_jax.assets import TINY
 from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
 from dycoke_jax.config import TINY as TINY_MODEL
-from dycoke_jax.engine import Decoding
 from dycoke_jax.errors import ConfigError, PromptError, RequestError
-from dycoke_jax.inputs import FrameSampling, build_prompt, stop_ids
+from dycoke_jax.inputs import build_prompt, stop_ids
 from dycoke_jax.inputs.prompts import encode_answer
 from dycoke_jax.inspection.tracing import trace_answer
 from dycoke_jax.training.run import Intervals
@@ -95,23 +94,18 @@ def test_numbers_beyond_every_size_are_refused(model, value):
 
 def test_a_temperature_beyond_float32_makes_all_tokens_equally_likely(model):
     """As one that is the largest float32 does; nothing warns of the conversion."""
-    settings = {"max_new_tokens": 8, "seed": 5}
     largest, beyond = (
-        model.generate(None, ["What?"], temperature=temperature, **settings)[0].token_ids
+        model.generate(None, ["What?"], decoding=Decoding(8, temperature, seed=5))[0].token_ids
         for temperature in (float(np.finfo(np.float32).max), 1e300)
     )
     assert beyond == largest
 
 
-def test_numbers_of_frames_and_rates_are_checked(model):
+def test_numbers_of_frames_and_rates_are_checked():
     for value in (*NOT_WHOLE, 0):
         refuses(ConfigError, lambda value=value: FrameSampling(value), "frames is ")
-        refuses(
-            ConfigError, lambda value=value: model.generate(None, ["?"], frames=value), "frames"
-        )
     for value in (*NOT_NUMBERS[1:], NAN, LARGE, 0, -1.0):
         refuses(ConfigError, lambda value=value: FrameSampling(fps=value), "fps is ")
-        refuses(ConfigError, lambda value=value: model.generate(None, ["?"], fps=value), "fps")
     assert FrameSampling(np.int64(8), np.float32(0.1)) == FrameSampling(8, 0.1)
 
 
@@ -148,43 +142,64 @@ def test_floats_of_numpy_stand_for_their_decimal_digits(kind):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_new_tokens", [*NOT_WHOLE[:-2], [1.5], "12345", [[1]]]),
-        ("top_k", [1.5, "3", [1.5], [None], np.array([1.5]), np.array(2.5), {1}]),
-        ("seed", [None, "0", [True], np.array([0.5])]),
-        ("temperature", [None, "hot", ["1"], [NAN], np.array([True]), [[0.5]]]),
-        ("top_p", [None, "1", ["1"], [NAN], np.array([np.nan])]),
-        ("batch_size", NOT_WHOLE),
-        ("compression", [DyCoke, "DyCoke", 0.7, {"k": 0.7}, True, [DyCoke()]]),
-        ("stream", [None, "yes", 1]),
         ("system", [3, b"Be brief.", ["Be brief."]]),
         ("prompt_format", [None, 3, "chatml", b"checkpoint", ["checkpoint"]]),
         ("time_text", [None, "yes", 1]),
+    ],
+)
+def test_each_setting_of_prompting_is_checked(name, values):
+    for value in values:
+        refuses(RequestError, lambda value=value: Prompting(**{name: value}), name)
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("decoding", [None, 3, "1", Decoding, {"seed": 1}, DyCoke(), [None], [3], [Decoding]]),
+        ("sampling", [None, 8, {"frames": 8}, FrameSampling, DyCoke()]),
+        ("prompting", [None, "checkpoint", {"system": "Be brief."}, Prompting, Decoding()]),
         ("allow_damaged", [None, "no", 0]),
+        ("batch_size", NOT_WHOLE),
+        ("compression", [DyCoke, "DyCoke", 0.7, {"k": 0.7}, True, [DyCoke()]]),
+        ("failures", [None, "ignore", True, b"raise", ["raise"]]),
         ("progress", [3, "bar", True]),
     ],
 )
-def test_each_argument_of_generate_is_checked(model, name, values):
+def test_each_argument_of_generate_and_stream_is_checked(model, method, name, values):
+    """Before anything is read or run."""
     for value in values:
         refuses(
             RequestError,
-            lambda value=value: model.generate(None, ["What?"], **{name: value}),
+            lambda value=value: getattr(model, method)(None, ["What?"], **{name: value}),
             name,
         )
 
 
 @pytest.mark.parametrize(
-    "name", ["system", "prompt_format", "time_text", "allow_damaged", "progress"]
+    ("name", "values"),
+    [
+        ("batch_size", NOT_WHOLE),
+        ("stream_every", [*NOT_WHOLE[1:], 0]),
+        ("compression", [DyCoke, "DyCoke", True]),
+        ("progress", [3, "bar", True]),
+        ("on_batch", [3, "bar", True]),
+    ],
 )
-def test_each_argument_of_request_is_checked(model, name):
-    valid = {"video": None, "prompt": "?", "decoding": Decoding(), "sampling": FrameSampling()}
-    refuses(RequestError, lambda: model.request(**valid, **{name: 3}), name)
+def test_each_argument_of_run_is_checked(model, name, values):
+    for value in values:
+        refuses(RequestError, lambda value=value: model.run([], **{name: value}), name)
 
 
-@pytest.mark.parametrize("name", ["decoding", "sampling"])
-def test_request_takes_settings_only(model, name):
+@pytest.mark.parametrize("name", ["decoding", "sampling", "prompting", "allow_damaged"])
+def test_each_setting_of_a_request_is_checked(name):
     for value in (None, 3, {"frames": 8}, DyCoke()):
-        valid = {"video": None, "prompt": "?", "decoding": Decoding(), "sampling": FrameSampling()}
-        refuses(RequestError, lambda valid=valid | {name: value}: model.request(**valid), name)
+        refuses(RequestError, lambda value=value: Request("?", **{name: value}), name)
+
+
+def test_only_requests_are_prepared(model):
+    for value in (None, "What?", ("What?", None), Decoding()):
+        refuses(RequestError, lambda value=value: model.prepare(value), "request is ")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +234,7 @@ def test_a_prompt_is_a_text_or_a_list_of_messages(model, prompt):
         (Optimisation, "steps"),
         *[(partial(Optimisation, 10), name) for name in ("frozen_layers", "warm_up")],
         *[(BatchShape, name) for name in ("rows", "accumulate", "width")],
-        *[(Intervals, name) for name in ("log", "evaluate", "save")],
+        *[(Intervals, name) for name in ("log_every", "evaluate_every", "save_every")],
     ],
 )
 def test_counts_of_training_are_whole_numbers(settings, name):
@@ -326,7 +341,7 @@ def test_each_argument_of_from_pretrained_is_checked(name, values):
 
 def test_a_trace_checks_its_arguments_too(model):
     clip = video(0, 4)
-    for name, value in (("compression", DyCoke), ("max_new_tokens", 1.5), ("system", 3)):
+    for name, value in (("compression", DyCoke), ("decoding", 1.5), ("prompting", 3)):
         refuses(
             RequestError,
             lambda name=name, value=value: trace_answer(model, clip, "?", **{name: value}),

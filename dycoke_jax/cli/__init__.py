@@ -6,13 +6,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from dycoke_jax.cli import asking, checkpoints, learning  # noqa: F401 (registers their commands)
 from dycoke_jax.cli.app import app
 from dycoke_jax.cli.console import say
 from dycoke_jax.cli.streams import flush, replace_unencodable
 from dycoke_jax.errors import DycokeError
-
-# Heavy imports (jax, flax, PyAV) happen inside the commands, so that --help answers at once.
 
 USER_ERROR = 2
 """Exit code of a run that ends with a DycokeError, or with an error of the operating system."""

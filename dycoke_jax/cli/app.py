@@ -1,24 +1,71 @@
-"""The Typer application in which the commands are registered."""
+"""The Typer application, and the table of its commands.
 
-from typing import Annotated, Literal
+A command is imported when it is called, because the settings that its options are made from import
+jax. So ``--help`` and ``--version`` answer at once.
+"""
+
+from importlib import import_module
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_group
 
 from dycoke_jax import __version__
 
-app = typer.Typer(
+COMMANDS = {
+    "generate": ("asking", "Answer a question about a video."),
+    "demo": ("asking", "Compare answers, token counts and times with and without compression."),
+    "convert": ("checkpoints", "Convert a checkpoint to another layout."),
+    "init": ("checkpoints", "Write a checkpoint with random weights, in the llava-hf layout."),
+    "train": ("learning", "Fine-tune a model on clips with questions and answers."),
+    "train-tiny": (
+        "learning",
+        "Train the tiny model that ships with the package, from random weights.",
+    ),
+    "eval": (
+        "learning",
+        "Measure accuracy on made-up clips, by kind of question and compression setting.",
+    ),
+}
+"""By the name of each command, the module of this package that has it, and its help in one line."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Dtypes that weights can be stored in."""
+
+
+def new_app(**settings: Any) -> typer.Typer:
+    """Returns a Typer application with the settings that all modules of commands share."""
+    return typer.Typer(
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        **settings,
+    )
+
+
+class _Commands(TyperGroup):
+    """The commands of ``COMMANDS``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Imports the command that is called, in place of the one that only has its help."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in COMMANDS:
+            module = import_module(f"dycoke_jax.cli.{COMMANDS[name][0]}")
+            command = get_group(module.app).commands[name]
+        return name, command, rest
+
+
+app = new_app(
+    cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
     help="Video language models in JAX, made fast by DyCoke: LLaVA-OneVision and LLaVA-Video.",
     epilog="Exit codes: 0 after success; 2 for bad input or usage, or output that cannot be "
     "written; 130 after an interrupt; 141 if the reader of the output has closed it.",
 )
 
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""Dtypes that weights can be stored in."""
+for _name, (_, _help) in COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)
 
 
 def _print_version(wanted: bool | None) -> None:

@@ -3,40 +3,36 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, app
+from dycoke_jax.cli.app import Dtype, new_app
+from dycoke_jax.cli.compress import FORM, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
+from dycoke_jax.cli.options import GIVEN, Options, with_settings
+from dycoke_jax.compression.dycoke import DyCoke
+from dycoke_jax.compression.methods import described
 from dycoke_jax.config import PoolMode
+from dycoke_jax.engine.requests import Decoding
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
+from dycoke_jax.inputs import FrameSampling, Prompting, check_clip
+
+# The networks and the readers of checkpoints are imported inside the commands: --help needs none.
+
+app = new_app()
 
 # Titles of the groups of options in the help texts.
-_CLIP, _DYCOKE, _DECODING, _PROMPT = "Clip", "DyCoke", "Decoding", "Prompt and model"
+_CLIP, _COMPRESSION, _DECODING, _PROMPT = "Clip", "Compression", "Decoding", "Prompt and model"
 
-K = Annotated[
-    float,
+_DEMO_SAMPLING = FrameSampling(frames=16)
+
+Compress = Annotated[
+    str | None,
     typer.Option(
-        help="Share of tokens that temporal token merging drops from each compared frame, "
-        "in [0, 1).",
-        rich_help_panel=_DYCOKE,
-    ),
-]
-P = Annotated[
-    float,
-    typer.Option(
-        help="Share of the kept visual tokens that the pruned layers do not attend to in a "
-        "decode step, in [0, 1).",
-        rich_help_panel=_DYCOKE,
-    ),
-]
-Layer = Annotated[
-    int,
-    typer.Option(
-        help="First pruned layer, counted from 0; at least 1 and below the number of layers.",
-        rich_help_panel=_DYCOKE,
+        help=f"Method of token compression in place of DyCoke with the options above. {FORM}",
+        rich_help_panel=_COMPRESSION,
     ),
 ]
 
@@ -45,113 +41,26 @@ Layer = Annotated[
     epilog="Example: `dycoke-jax generate --model ov-0.5b --video clip.mp4 "
     '--prompt "What happens?"`'
 )
+@with_settings
 def generate(
+    *,
+    given: Annotated[frozenset[str], GIVEN],
     model: Annotated[str, typer.Option(help="Checkpoint: folder or hub id.")],
     prompt: Annotated[str, typer.Option(help="Question about the clip.")],
     video: Annotated[
         Path | None, typer.Option(help="Video file. Default: none, the prompt is text only.")
     ] = None,
-    frames: Annotated[
-        int,
-        typer.Option(
-            help="Number of frames to use, at least 1, spread evenly over the clip; with --fps, "
-            "the maximum number.",
-            rich_help_panel=_CLIP,
-        ),
-    ] = 32,
-    fps: Annotated[
-        float | None,
-        typer.Option(
-            help="Frames a second to use, above 0. Default: --frames alone decides.",
-            rich_help_panel=_CLIP,
-        ),
-    ] = None,
-    k: K = 0.7,
-    p: P = 0.7,
-    layer: Layer = 3,
-    threshold: Annotated[
-        float,
-        typer.Option(
-            help="Cosine similarity, in (0, 1], of the attention of successive decode steps; "
-            "below it the attended tokens are chosen anew.",
-            rich_help_panel=_DYCOKE,
-        ),
-    ] = 0.9,
-    mode: Annotated[
-        Literal["paper", "official"],
-        typer.Option(
-            help="paper: as the text of the paper describes it. official: as the published code "
-            "computes it.",
-            rich_help_panel=_DYCOKE,
-        ),
-    ] = "paper",
-    parked: Annotated[
-        Literal["device", "drop"],
-        typer.Option(
-            help="Where keys and values that are not chosen are stored. device: in device memory, "
-            "so that they can be chosen later. drop: nowhere; the choice is made once.",
-            rich_help_panel=_DYCOKE,
-        ),
-    ] = "device",
+    sampling: Annotated[FrameSampling, Options(_CLIP)],
+    dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
     no_dycoke: Annotated[
         bool,
-        typer.Option("--no-dycoke", help="Run the model without DyCoke.", rich_help_panel=_DYCOKE),
-    ] = False,
-    max_new_tokens: Annotated[
-        int,
         typer.Option(
-            help="Number of tokens after which the answer is cut off, at least 1.",
-            rich_help_panel=_DECODING,
-        ),
-    ] = 128,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            help="Sampling temperature, 0 or more; 0 is greedy decoding.",
-            rich_help_panel=_DECODING,
-        ),
-    ] = 0.0,
-    top_k: Annotated[
-        int,
-        typer.Option(
-            help="Number of most likely tokens to sample from; 0 for the whole vocabulary.",
-            rich_help_panel=_DECODING,
-        ),
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample from the fewest tokens that hold this probability, in (0, 1].",
-            rich_help_panel=_DECODING,
-        ),
-    ] = 1.0,
-    seed: Annotated[
-        int, typer.Option(help="Seed of sampling, 0 or more.", rich_help_panel=_DECODING)
-    ] = 0,
-    system: Annotated[
-        str | None,
-        typer.Option(
-            help="Text of the system turn; an empty text omits the turn. Default: "
-            '"You are a helpful assistant." in the format llava-next, no such turn in checkpoint.',
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    prompt_format: Annotated[
-        Literal["llava-next", "checkpoint"],
-        typer.Option(
-            help="llava-next: the conversation format of LLaVA-NeXT, in which the models were "
-            "trained. checkpoint: the chat template in the checkpoint's own files.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = "llava-next",
-    time_text: Annotated[
-        bool,
-        typer.Option(
-            "--time-text",
-            help="Add the times of the frames to the prompt, as LLaVA-Video does.",
-            rich_help_panel=_PROMPT,
+            "--no-dycoke", help="Run the model without DyCoke.", rich_help_panel=_COMPRESSION
         ),
     ] = False,
+    compress: Compress = None,
+    decoding: Annotated[Decoding, Options(_DECODING)],
+    prompting: Annotated[Prompting, Options(_PROMPT)],
     pool_mode: Annotated[
         PoolMode | None,
         typer.Option(
@@ -181,42 +90,29 @@ def generate(
     """Answer a question about a video."""
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.chat_template import find_chat_template
-    from dycoke_jax.compression.dycoke import DyCoke
-    from dycoke_jax.engine import Decoding
-    from dycoke_jax.inputs import FrameSampling, check_clip
     from dycoke_jax.inputs.chat_template import check_template
     from dycoke_jax.llava_video import LlavaVideo
 
     # Bad settings and clips are refused before a large checkpoint is read.
-    compression = None if no_dycoke else DyCoke(k, layer, p, threshold, mode, parked)
-    FrameSampling(frames=frames, fps=fps)
-    Decoding(max_new_tokens, temperature, top_k, top_p, seed)
+    compression = chosen(given, compress, None if no_dycoke else dycoke)
     if video is not None:
         check_clip(video, allow_damaged=allow_damaged)
     checkpoint = open_checkpoint(model, pool_mode=pool_mode)
     say_notes(checkpoint.notes)
-    if prompt_format == "checkpoint":
+    if prompting.prompt_format == "checkpoint":
         check_template(find_chat_template(checkpoint.folder.path, checkpoint.tokenizer))
-    if compression is not None and video is not None and fps is None:
-        compression.check(checkpoint.config, frames)
+    if compression is not None and video is not None and sampling.fps is None:
+        compression.stages.check(checkpoint.config, sampling.frames)
     with progress_bars() as progress:
         llava = LlavaVideo.from_checkpoint(checkpoint, dtype=dtype, progress=progress)
-        pieces = llava.generate(
+        pieces = llava.stream(
             [video],
             [prompt],
             compression=compression,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            frames=frames,
-            fps=fps,
-            system=... if system is None else system or None,
-            prompt_format=prompt_format,
-            time_text=time_text,
+            decoding=decoding,
+            sampling=sampling,
+            prompting=prompting,
             allow_damaged=allow_damaged,
-            stream=True,
             progress=progress,
         )
         first = next(pieces)
@@ -233,7 +129,7 @@ def generate(
         result = dataclasses.asdict(answer)
         # A prompt without a clip has nothing to compress.
         applied = compression if video is not None else None
-        result["compression"] = None if applied is None else dataclasses.asdict(applied)
+        result["compression"] = None if applied is None else described(applied)
         print(json.dumps(result))
         return
     print()
@@ -250,7 +146,10 @@ def generate(
     epilog="Examples: `dycoke-jax demo`; `dycoke-jax demo --model ov-0.5b --video clip.mp4 "
     '--prompt "What happens?"`'
 )
+@with_settings
 def demo(
+    *,
+    given: Annotated[frozenset[str], GIVEN],
     video: Annotated[
         Path | None,
         typer.Option(help="Video file of your own; needs --prompt. Default: the made-up clips."),
@@ -265,12 +164,9 @@ def demo(
             "ships with the package, which is trained on made-up clips only."
         ),
     ] = None,
-    frames: Annotated[
-        int, typer.Option(help="Number of frames of the video file to use, at least 1.")
-    ] = 16,
-    k: K = 0.7,
-    p: P = 0.7,
-    layer: Layer = 3,
+    sampling: Annotated[FrameSampling, Options(_CLIP)] = _DEMO_SAMPLING,
+    dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
+    compress: Compress = None,
     picture: Annotated[
         Path,
         typer.Option(help="PNG file to write; it shows the dropped and the attended tokens."),
@@ -279,12 +175,10 @@ def demo(
         bool, typer.Option("--json", help="Print the result as one JSON object.")
     ] = False,
 ) -> None:
-    """Compare answers, token counts and times with and without DyCoke."""
+    """Compare answers, token counts and times with and without compression."""
     from dycoke_jax import demo as demonstration
     from dycoke_jax.assets import TINY
     from dycoke_jax.checkpoint import open_checkpoint
-    from dycoke_jax.compression.dycoke import DyCoke
-    from dycoke_jax.inputs import FrameSampling, check_clip
     from dycoke_jax.inspection.drawing import save, sheet
     from dycoke_jax.inspection.tracing import trace_answer
     from dycoke_jax.llava_video import LlavaVideo
@@ -293,8 +187,7 @@ def demo(
         raise ConfigError("--video and --prompt go together")
     if video is None and model is not None:
         raise ConfigError("only the model that ships knows the made-up clips: give --video as well")
-    compression = DyCoke(k, layer, p)
-    FrameSampling(frames)
+    compression = chosen(given, compress, dycoke)
     check_writable(picture)
     if video is not None:
         check_clip(video)
@@ -309,14 +202,16 @@ def demo(
         sides = demonstration.answer_all(
             llava,
             asked,
-            {"plain": None, "DyCoke": compression},
-            frames=frames,
+            {"plain": None, compress or "DyCoke": compression},
+            sampling=sampling,
             progress=progress,
         )
         pictured = demonstration.longest_of_each_clip(asked)
         traces = []
         for number, a in enumerate(pictured):
-            trace = trace_answer(llava, a.video, a.question, compression=compression, frames=frames)
+            trace = trace_answer(
+                llava, a.video, a.question, compression=compression, sampling=sampling
+            )
             traces.append((f"{a.clip}: {a.question}\n{trace.text}", trace))
             progress("drawing", number + 1, len(pictured))
         save(sheet(traces), picture)

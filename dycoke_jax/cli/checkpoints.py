@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, app
+from dycoke_jax.cli.app import Dtype, new_app
 from dycoke_jax.cli.console import progress_bars, say, say_notes
 from dycoke_jax.config import PRESETS
 from dycoke_jax.errors import ConfigError
+
+app = new_app()
 
 
 @app.command(

@@ -7,19 +7,35 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from dycoke_jax.cli.app import app
+from dycoke_jax.cli.app import new_app
+from dycoke_jax.cli.compress import FORM
 from dycoke_jax.cli.console import progress_bars, say, say_notes
+from dycoke_jax.cli.options import GIVEN, Options, with_settings
+from dycoke_jax.compression.methods import parse_compression
+from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
+from dycoke_jax.inputs import FrameSampling
+from dycoke_jax.training.fine_tuning import FineTuning, fine_tune
+from dycoke_jax.training.run import Intervals
+from dycoke_jax.training.sources import BatchShape
+from dycoke_jax.training.step import Optimisation
+from dycoke_jax.training.token_dropping import TokenDroppingMix
+
+app = new_app()
 
 # Titles of the groups of options in the help text of ``train``.
 _DATA, _OPTIMISER, _DROPPING, _RUN = "Data and batches", "Optimisation", "Token dropping", "Run"
+
+_TINY_INTERVALS = Intervals(evaluate_every=100, save_every=50)
 
 
 @app.command(
     epilog="Example: `dycoke-jax train run --model ov-0.5b --data records.jsonl --steps 1000`"
 )
+@with_settings
 def train(
+    *,
     folder: Annotated[
         Path, typer.Argument(help="Folder of the run; an interrupted run in it is resumed.")
     ],
@@ -42,131 +58,12 @@ def train(
             rich_help_panel=_DATA,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Number of training steps, at least 1.")] = 1000,
-    rows: Annotated[
-        int,
-        typer.Option(
-            help="Clips whose gradient is computed at a time, at least 1.", rich_help_panel=_DATA
-        ),
-    ] = 1,
-    accumulate: Annotated[
-        int,
-        typer.Option(
-            help="Number of such gradients that are summed in a step, at least 1.",
-            rich_help_panel=_DATA,
-        ),
-    ] = 8,
-    width: Annotated[
-        int,
-        typer.Option(
-            help="Tokens of questions and answers that fit into a row, at least 1.",
-            rich_help_panel=_DATA,
-        ),
-    ] = 256,
-    frames: Annotated[
-        int,
-        typer.Option(
-            help="Number of frames of a clip to use, at least 1, spread evenly; with --fps, the "
-            "maximum number.",
-            rich_help_panel=_DATA,
-        ),
-    ] = 16,
-    fps: Annotated[
-        float | None,
-        typer.Option(
-            help="Frames a second to use, above 0; needs --data. Default: --frames alone decides.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float,
-        typer.Option(
-            help="Highest learning rate of the cycle, above 0.", rich_help_panel=_OPTIMISER
-        ),
-    ] = 1e-5,
-    language: Annotated[
-        float,
-        typer.Option(
-            help="Learning-rate factor of the language model; 0 freezes it.",
-            rich_help_panel=_OPTIMISER,
-        ),
-    ] = 1.0,
-    projector: Annotated[
-        float,
-        typer.Option(
-            help="Learning-rate factor of the projector; 0 freezes it.",
-            rich_help_panel=_OPTIMISER,
-        ),
-    ] = 1.0,
-    tower: Annotated[
-        float,
-        typer.Option(
-            help="Learning-rate factor of the vision tower; 0 freezes it.",
-            rich_help_panel=_OPTIMISER,
-        ),
-    ] = 0.2,
-    frozen_layers: Annotated[
-        int,
-        typer.Option(
-            help="Number of layers of the language model, from the first, to freeze.",
-            rich_help_panel=_OPTIMISER,
-        ),
-    ] = 0,
-    warm_up: Annotated[
-        int,
-        typer.Option(
-            help="Number of steps of linear learning-rate warm-up, 0 or more.",
-            rich_help_panel=_OPTIMISER,
-        ),
-    ] = 30,
-    weight_decay: Annotated[
-        float,
-        typer.Option(
-            help="AdamW weight decay, on matrices only, 0 or more.", rich_help_panel=_OPTIMISER
-        ),
-    ] = 0.01,
-    clip: Annotated[
-        float,
-        typer.Option(
-            help="Largest global norm of the gradient, above 0.", rich_help_panel=_OPTIMISER
-        ),
-    ] = 1.0,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"],
-        typer.Option(
-            help="Dtype of the computation; trained weights are float32.",
-            rich_help_panel=_OPTIMISER,
-        ),
-    ] = "bfloat16",
-    rematerialise: Annotated[
-        bool,
-        typer.Option(
-            help="Compute the results of layers again in the backward pass instead of storing "
-            "them.",
-            rich_help_panel=_OPTIMISER,
-        ),
-    ] = True,
-    merged: Annotated[
-        float,
-        typer.Option(
-            help="Share of the steps, in [0, 1], that drop tokens by temporal token merging.",
-            rich_help_panel=_DROPPING,
-        ),
-    ] = 0.0,
-    random: Annotated[
-        float,
-        typer.Option(
-            help="Share of the steps, in [0, 1 - merged], that drop as many tokens at random.",
-            rich_help_panel=_DROPPING,
-        ),
-    ] = 0.0,
-    k: Annotated[
-        float,
-        typer.Option(
-            help="Share of a compared frame's tokens that these steps drop, in [0, 1).",
-            rich_help_panel=_DROPPING,
-        ),
-    ] = 0.7,
+    shape: Annotated[BatchShape, Options(_DATA)] = FineTuning.shape,
+    sampling: Annotated[FrameSampling, Options(_DATA)] = FineTuning.sampling,
+    optimisation: Annotated[
+        Optimisation, Options(_OPTIMISER, omit=("cycles",))
+    ] = FineTuning.optimisation,
+    dropping: Annotated[TokenDroppingMix, Options(_DROPPING)] = FineTuning.dropping,
     seed: Annotated[
         int,
         typer.Option(
@@ -174,53 +71,12 @@ def train(
             rich_help_panel=_RUN,
         ),
     ] = 0,
-    log_every: Annotated[
-        int,
-        typer.Option(help="Steps between two log entries, at least 1.", rich_help_panel=_RUN),
-    ] = 10,
-    evaluate_every: Annotated[
-        int,
-        typer.Option(help="Steps between two evaluations, at least 1.", rich_help_panel=_RUN),
-    ] = 200,
-    save_every: Annotated[
-        int,
-        typer.Option(
-            help="Steps between two saved training states, at least 1.", rich_help_panel=_RUN
-        ),
-    ] = 100,
+    intervals: Annotated[Intervals, Options(_RUN)],
 ) -> None:
     """Fine-tune a model on clips with questions and answers."""
     from dycoke_jax.checkpoint import open_folder
-    from dycoke_jax.inputs import FrameSampling
-    from dycoke_jax.training.fine_tuning import FineTuning, fine_tune
-    from dycoke_jax.training.run import Intervals
-    from dycoke_jax.training.sources import BatchShape
-    from dycoke_jax.training.step import Optimisation
-    from dycoke_jax.training.token_dropping import TokenDroppingMix
 
-    intervals = Intervals(log_every, evaluate_every, save_every)
-    what = FineTuning(
-        model=model,
-        data=data,
-        test_data=test_data,
-        sampling=FrameSampling(frames, fps),
-        shape=BatchShape(rows, accumulate, width),
-        dropping=TokenDroppingMix(merged, random, k),
-        optimisation=Optimisation(
-            steps=steps,
-            learning_rate=learning_rate,
-            language=language,
-            projector=projector,
-            tower=tower,
-            frozen_layers=frozen_layers,
-            warm_up=warm_up,
-            weight_decay=weight_decay,
-            clip=clip,
-            dtype=dtype,
-            rematerialise=rematerialise,
-        ),
-        seed=seed,
-    )
+    what = FineTuning(model, data, test_data, sampling, shape, dropping, optimisation, seed)
     say_notes(open_folder(model).notes)
     with progress_bars() as progress:
         trained = fine_tune(folder, what, intervals, progress)
@@ -231,7 +87,9 @@ def train(
     "train-tiny",
     epilog="Example: `dycoke-jax train-tiny tiny-run`, which takes two hours on two CPU cores.",
 )
+@with_settings
 def make_tiny(
+    *,
     folder: Annotated[
         Path, typer.Argument(help="Folder of the run; an interrupted run in it is resumed.")
     ],
@@ -239,19 +97,11 @@ def make_tiny(
         int,
         typer.Option(help="Seed of initial weights, training clips and token dropping, 0 or more."),
     ] = 0,
-    log_every: Annotated[int, typer.Option(help="Steps between two log entries, at least 1.")] = 10,
-    evaluate_every: Annotated[
-        int, typer.Option(help="Steps between two evaluations, at least 1.")
-    ] = 100,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between two saved training states, at least 1.")
-    ] = 50,
+    intervals: Annotated[Intervals, Options()] = _TINY_INTERVALS,
 ) -> None:
     """Train the tiny model that ships with the package, from random weights."""
     from dycoke_jax.recipes.tiny.recipe import train_tiny
-    from dycoke_jax.training.run import Intervals
 
-    intervals = Intervals(log_every, evaluate_every, save_every)
     with progress_bars() as progress:
         trained = train_tiny(folder, intervals, seed, progress)
     say(f"wrote {trained}")
@@ -261,7 +111,10 @@ def make_tiny(
     "eval",
     epilog="Example: `dycoke-jax eval results.json --settings all --clips 200 --plot results.png`",
 )
+@with_settings
 def evaluate(
+    *,
+    given: Annotated[frozenset[str], GIVEN],
     results: Annotated[
         Path,
         typer.Argument(help="JSON file to write; settings that it already holds are not repeated."),
@@ -284,6 +137,13 @@ def evaluate(
             "whole frames. all: more values of each setting as well."
         ),
     ] = "headlines",
+    compress: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method of token compression to compare with the plain model, in place of "
+            f"--settings; it may be given several times. {FORM}"
+        ),
+    ] = None,
     frames: Annotated[int, typer.Option(help="Number of frames of a clip: 1, or at least 9.")] = 16,
     through_files: Annotated[
         bool,
@@ -309,7 +169,7 @@ def evaluate(
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.fingerprint import fingerprint
     from dycoke_jax.evaluation import accuracy, report
-    from dycoke_jax.evaluation.settings import HEADLINES, SWEEPS
+    from dycoke_jax.evaluation.settings import FULL, HEADLINES, SWEEPS
     from dycoke_jax.llava_video import LlavaVideo
     from dycoke_jax.tasks.questions import blind_score
     from dycoke_jax.tasks.scenes import SceneSettings
@@ -321,12 +181,23 @@ def evaluate(
     if plot is not None:
         check_writable(plot)
         report.check_plot()
-    compared = HEADLINES if settings == "headlines" else HEADLINES | SWEEPS
+    compared: dict[str, Compressor | None] = {FULL: None}
+    if compress is None:
+        compared = HEADLINES if settings == "headlines" else HEADLINES | SWEEPS
+    elif "settings" in given:
+        raise ConfigError(
+            "--compress and --settings both choose what is compared; give one of them"
+        )
+    else:
+        compared |= {text: parse_compression(text) for text in compress}
     scenes = SceneSettings(frames)
     task = [task_clip("test", MONITORED + number, scenes) for number in range(clips)]
     blind = blind_score(question for clip in task for question in clip.questions)
     checkpoint = open_checkpoint(model or TINY)
     say_notes(checkpoint.notes)
+    for compression in compared.values():
+        if compression is not None:
+            compression.stages.check(checkpoint.config, frames)
     with progress_bars() as progress:
         llava = LlavaVideo.from_checkpoint(checkpoint, progress=progress)
         described = {

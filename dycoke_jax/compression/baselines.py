@@ -9,25 +9,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dycoke_jax.cache import Slots
 from dycoke_jax.checks import number, whole_number
-from dycoke_jax.compression.dycoke import DyCoke
+from dycoke_jax.compression.budget import lookup
+from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.config import LlavaConfig
-
-
-def kept_by_merging(frames: int, tokens: int, k: float) -> int:
-    """Number of tokens that temporal token merging (mode ``paper``) keeps of a clip.
-
-    Args:
-        frames: frames of the clip (F).
-        tokens: visual tokens of a frame (N).
-        k: as ``DyCoke.k``.
-    """
-    shape = jax.ShapeDtypeStruct((1, frames, tokens, 1), jnp.float32)
-    kept = jax.eval_shape(DyCoke(k=k).select, shape)
-    return frames * tokens if kept is None else kept.shape[1]
+from dycoke_jax.models.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -49,19 +38,49 @@ class RandomTokens:
         object.__setattr__(self, "k", number("RandomTokens: k", self.k, 0, 1))
         object.__setattr__(self, "seed", whole_number("RandomTokens: seed", self.seed, 0))
 
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """Nothing is looked at."""
+        return ()
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
+
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Accepts every model and clip length."""
 
-    def select(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"]:
-        """Indices of the kept tokens in raster order."""
-        batch, frames, tokens, _ = features.shape
-        count = kept_by_merging(frames, tokens, self.k)
-        random = np.random.default_rng([self.seed, frames, tokens])
-        kept = np.sort(random.permutation(frames * tokens)[:count]).astype(np.int32)
-        return jnp.broadcast_to(jnp.asarray(kept), (batch, count))
+    def most_rows(self, frames: int, tokens: int) -> int:
+        """As many tokens as temporal token merging keeps."""
+        return TokenMerging(self.k).most_rows(frames, tokens)
 
-    def decode_pruning(self, slots: Slots, tokens: int) -> None:
-        """Prunes nothing while decoding."""
+    def select(
+        self,
+        features: Float[Array, "B F N D"],
+        frames: Int[Array, "B"],
+        signals: tuple[Float[Array, "B F N ..."], ...] = (),
+    ) -> Rows:
+        """Keeps random tokens, in raster order; see ``protocol.TokenStage``."""
+        _, length, tokens, _ = features.shape
+        most = self.most_rows(length, tokens)
+        counts = lookup(lambda n: self.most_rows(n, tokens), length, frames)
+
+        def of_clip(
+            frames: Int[Array, ""], count: Int[Array, ""]
+        ) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
+            # The number of a token depends on its place alone, whatever follows the clip's frames.
+            key = jax.random.fold_in(jax.random.key(self.seed), frames)
+            places = jnp.arange(length * tokens)
+            drawn = jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(key, place)))(
+                places
+            )
+            _, kept = jax.lax.top_k(jnp.where(places < frames * tokens, drawn, -1.0), most)
+            # Surplus places are sorted to the end.
+            kept = jnp.sort(jnp.where(jnp.arange(most) < count, kept, length * tokens - 1))
+            return kept.astype(jnp.int32), jnp.arange(most) < count
+
+        return Rows(*jax.vmap(of_clip)(frames, counts))
 
 
 @dataclass(frozen=True)
@@ -80,16 +99,43 @@ class WholeFrames:
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", number("WholeFrames: k", self.k, 0, 1))
 
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """Nothing is looked at."""
+        return ()
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
+
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Accepts every model and clip length."""
 
-    def select(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"]:
-        """Indices of all tokens of the kept frames, among them the first and the last frame."""
-        batch, frames, tokens, _ = features.shape
-        count = max(1, kept_by_merging(frames, tokens, self.k) // tokens)
-        chosen = np.linspace(0, frames - 1, count).round().astype(np.int32)
-        kept = (chosen[:, None] * tokens + np.arange(tokens, dtype=np.int32)).reshape(-1)
-        return jnp.broadcast_to(jnp.asarray(kept), (batch, kept.size))
+    def kept_frames(self, frames: int, tokens: int) -> int:
+        """Number of frames that are kept of a clip of this many."""
+        return max(1, TokenMerging(self.k).most_rows(frames, tokens) // tokens)
 
-    def decode_pruning(self, slots: Slots, tokens: int) -> None:
-        """Prunes nothing while decoding."""
+    def most_rows(self, frames: int, tokens: int) -> int:
+        """All tokens of the kept frames."""
+        return self.kept_frames(frames, tokens) * tokens
+
+    def select(
+        self,
+        features: Float[Array, "B F N D"],
+        frames: Int[Array, "B"],
+        signals: tuple[Float[Array, "B F N ..."], ...] = (),
+    ) -> Rows:
+        """Keeps whole frames, among them the first and the last; see ``protocol.TokenStage``."""
+        batch, length, tokens, _ = features.shape
+        most = self.kept_frames(length, tokens)
+        # The kept frames of clips of each length; the places of empty rows are those of the last.
+        chosen = np.full((length + 1, most), length - 1, np.int32)
+        valid = np.zeros((length + 1, most), bool)
+        for clip in range(1, length + 1):
+            count = self.kept_frames(clip, tokens)
+            chosen[clip, :count] = np.linspace(0, clip - 1, count).round()
+            valid[clip, :count] = True
+        first = jnp.asarray(chosen)[frames][:, :, None] * tokens
+        places = (first + jnp.arange(tokens)).reshape(batch, -1)
+        return Rows(places, jnp.repeat(jnp.asarray(valid)[frames], tokens, axis=1))

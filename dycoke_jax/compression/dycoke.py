@@ -1,20 +1,14 @@
-"""The settings of DyCoke (Tao et al., CVPR 2025), and what they mean for shapes."""
+"""The settings of DyCoke (Tao et al., CVPR 2025), and the stages that they stand for."""
 
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from jaxtyping import Array, Float, Int
-
-from dycoke_jax.cache import Slots
 from dycoke_jax.checks import choice, number, whole_number
 from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet
-from dycoke_jax.compression.protocol import DecodePruning
-from dycoke_jax.compression.ttm import select
-from dycoke_jax.config import LlavaConfig
+from dycoke_jax.compression.protocol import CacheStage, Compression
+from dycoke_jax.compression.ttm import Mode, TokenMerging
 from dycoke_jax.errors import ConfigError
 
-Mode = Literal["paper", "official"]
 Parked = Literal["device", "drop"]
 
 
@@ -30,21 +24,23 @@ class DyCoke:
     number of frames dropped, the last visual token never pruned, and the full cache on steps whose
     attention is similar to that of the step before.
 
+    Newlines are never compared, dropped or pruned. A newline is left out only if its whole row is
+    (see ``generation.assemble.place_newlines``).
+
     Attributes:
-        k: share of a compared frame's tokens that merging drops, in [0, 1). 0 merges nothing.
+        k: share of a compared frame's tokens that temporal token merging drops, in [0, 1); 0 merges
+            nothing.
         layer: first layer, counted from 0, that attends to the pruned cache, in 1..layers-1. The
             layer before it gives the scores.
         p: share of the kept visual tokens that layers from ``layer`` on do not attend to while
-            decoding, in [0, 1). 0 prunes nothing.
+            decoding, in [0, 1); 0 prunes nothing.
         threshold: cosine similarity of the attention of successive steps below which the set is
             chosen anew, in (0, 1]. The paper gives no number; 0.9 is that of the published code.
-        mode: ``paper`` or ``official``.
+        mode: ``paper``: as the text of the paper describes it. ``official``: as the published code
+            computes it.
         parked: where keys and values that are not chosen are kept. ``device``: in device memory, so
             that they can be chosen later. ``drop``: nowhere; the prompt's last token chooses once,
             and their memory is free while decoding (mode ``paper`` only; not part of the paper).
-
-    Newlines are never compared, dropped or pruned. A newline is left out only if its whole row is
-    (see ``generation.assemble.place_newlines``).
 
     Raises:
         ConfigError: naming the setting and its range.
@@ -75,55 +71,48 @@ class DyCoke:
                 "DyCoke: the published code drops no keys and values; parked drop needs mode paper"
             )
 
-    def check(self, config: LlavaConfig, frames: int) -> None:
-        """Refuses settings that cannot work on a model or clip length.
+    @property
+    def stages(self) -> Compression:
+        """Token merging and KV pruning; a stage that would change nothing is left out."""
+        merges = self.mode == "official" or self.k > 0
+        return Compression(
+            tokens=TokenMerging(self.k, self.mode) if merges else None,
+            cache=self._cache() if self.p > 0 else None,
+        )
 
-        Args:
-            config: the model.
-            frames: number of frames of a clip, at least 1.
-
-        Raises:
-            ConfigError: with the allowed range, or the reason why the published code fails.
-        """
-        if self.layer >= config.text.num_layers:
-            raise ConfigError(
-                f"DyCoke: layer is {self.layer}; with {config.text.num_layers} layers it must lie "
-                f"in 1..{config.text.num_layers - 1}"
-            )
-        if self.mode == "official" and config.newline != "one_token":
-            raise ConfigError(
-                "DyCoke: mode official covers the one_token newline layout only: the published "
-                f"code never merges tokens in the {config.newline} layout and fails at the first "
-                "decoding step; use mode paper"
-            )
-        if self.mode == "official" and frames < 5:
-            raise ConfigError(
-                f"DyCoke: mode official needs at least 5 frames, not {frames}: the published code "
-                "fails on shorter clips; use mode paper"
-            )
-
-    def select(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"] | None:
-        """Stage 1, see ``ttm.select``. None where every token is kept in its place."""
-        if self.mode == "paper" and self.k == 0:
-            return None
-        kept = self._kept(features.shape[2], self.k)
-        return select(features, kept, official=self.mode == "official")
-
-    def decode_pruning(self, slots: Slots, tokens: int) -> DecodePruning | None:
-        """Stage 2, see ``kv_pruning``. None where nothing is pruned."""
-        if self.p == 0 or tokens == 0:
-            return None
+    def _cache(self) -> CacheStage:
         if self.mode == "official":
-            # The published code leaves the last visual token out of its candidates.
-            kept = self._kept(tokens - 1, self.p)
-            return MaskedCache(self.layer, kept, self.threshold, slots)
-        kept, protected = self._kept(tokens, self.p), slots.visual - tokens
+            return MaskedCache(self.layer, self.p, self.threshold)
         if self.parked == "drop":
-            return OneShot(self.layer, kept, protected, slots)
-        return WorkingSet(self.layer, kept, protected, self.threshold, slots)
+            return OneShot(self.layer, self.p)
+        return WorkingSet(self.layer, self.p, self.threshold)
 
-    def _kept(self, count: int, dropped: float) -> int:
-        if self.mode == "official":
-            return int((1 - dropped) * count)  # the published expression, float rounding included
-        # Exact in decimal: (1 - 0.9) * 20 is 2, where floats give 1.9999999999999996.
-        return int((1 - Fraction(str(dropped))) * count)
+
+@dataclass(frozen=True)
+class DyCokeKV:
+    """Dynamic KV pruning alone, to combine it with another method's stages before it.
+
+    Attributes:
+        layer: as ``DyCoke.layer``.
+        p: as ``DyCoke.p``.
+        threshold: as ``DyCoke.threshold``.
+        parked: as ``DyCoke.parked``.
+
+    Raises:
+        ConfigError: naming the setting and its range.
+    """
+
+    layer: int = 3
+    p: float = 0.7
+    threshold: float = 0.9
+    parked: Parked = "device"
+
+    def __post_init__(self) -> None:
+        checked = DyCoke(0, self.layer, self.p, self.threshold, parked=self.parked)
+        for field in fields(self):
+            object.__setattr__(self, field.name, getattr(checked, field.name))
+
+    @property
+    def stages(self) -> Compression:
+        """KV pruning; nothing where ``p`` is 0."""
+        return DyCoke(0, self.layer, self.p, self.threshold, parked=self.parked).stages

@@ -2,7 +2,7 @@
 
 At each decode step the attention weights of the layer before ``layer`` score the visual tokens. The
 layers from ``layer`` on attend to the tokens with the highest scores and to all that is not visual.
-There are three forms of the cache:
+There are three forms of the cache, each a cache stage (``protocol.CacheStage``):
 
 ``WorkingSet`` (mode paper) copies the chosen keys and values into a small buffer, and only on steps
 where the attention has changed:
@@ -18,34 +18,31 @@ but everything can become visible again at any step, as in the published code (m
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.cache import KV, Slots
+from dycoke_jax.compression.budget import kept_of, lookup
+from dycoke_jax.compression.protocol import Compression, check_layer
+from dycoke_jax.compression.view import View
+from dycoke_jax.config import LlavaConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class WorkingSetState:
-    """State of ``WorkingSet``; ``protocol.PrunedCache`` describes the common fields."""
+class Parked(NamedTuple):
+    """All visual slots, from which the chosen ones are copied, and the last choice."""
 
     caches: list[KV]
-    visible: Bool[Array, "B S"]
-    attended: Int[Array, "B"]
-    refreshed: Bool[Array, "B"]
-    parked: list[KV]
-    """Keys and values of all visual slots, from which the chosen ones are copied."""
-    parked_valid: Bool[Array, "B visual"]
-    is_visual: Bool[Array, "B visual"]
+    valid: Bool[Array, "B visual"]
+    is_token: Bool[Array, "B visual"]
+    places: Int[Array, "B visual"]
     chosen: Int[Array, "B chosen"]
+    """The chosen slots, best first; newlines come before visual tokens."""
+    chosen_valid: Bool[Array, "B chosen"]
     scores: Float[Array, "B visual"]
     """Scores of the last step."""
-
-    def chosen_slots(self) -> Bool[Array, "B visual"]:
-        """Visual slots that are chosen; see ``protocol.PrunedCache``."""
-        return _mark(self.chosen, self.is_visual.shape)
 
 
 @dataclass(frozen=True)
@@ -58,93 +55,75 @@ class WorkingSet:
 
     Attributes:
         layer: first layer that attends to the working set.
-        kept: number of visual tokens to choose.
-        protected: number of visual slots that are always chosen (newlines).
+        p: share of the visual tokens that is not chosen, in [0, 1).
         threshold: similarity below which a row chooses anew, in (0, 1].
-        slots: the layout of the full cache.
     """
 
     layer: int
-    kept: int
-    protected: int
+    p: float
     threshold: float
-    slots: Slots
 
-    def start(
-        self,
-        caches: list[KV],
-        valid: Bool[Array, "B S"],
-        is_visual: Bool[Array, "B visual"],
-        scores: Float[Array, "B visual"],
-    ) -> WorkingSetState:
+    @property
+    def stages(self) -> Compression:
+        """KV pruning alone."""
+        return Compression(cache=self)
+
+    def check(self, config: LlavaConfig, frames: int) -> None:
+        """Refuses a layer that the model does not have."""
+        check_layer("DyCoke", self.layer, config)
+
+    def start(self, view: View, slots: Slots, scores: Float[Array, "B visual"]) -> View:
         """Parks the visual slots, and makes working sets whose chosen part is still empty."""
-        batch, visual = valid.shape[0], self.slots.visual_range
-        chosen = jnp.zeros((batch, self.kept + self.protected), jnp.int32)
-        nothing = jnp.zeros(chosen.shape, bool)
-        working, visible = _compact(caches, valid, chosen, nothing, visual)
-        return WorkingSetState(
-            caches=working,
-            visible=visible,
-            attended=jnp.zeros(batch, jnp.int32),
-            refreshed=jnp.zeros(batch, bool),
-            parked=[cache.part(visual.start, visual.stop) for cache in caches],
-            parked_valid=valid[:, visual],
-            is_visual=is_visual,
+        visual, batch = slots.visual_range, view.visible.shape[0]
+        chosen = jnp.zeros((batch, kept_of(slots.tokens, self.p) + slots.newlines), jnp.int32)
+        parked = Parked(
+            caches=[cache.part(visual.start, visual.stop) for cache in view.caches],
+            valid=view.visible[:, visual],
+            is_token=view.is_token[:, visual],
+            places=view.places[:, visual],
             chosen=chosen,
-            scores=jnp.zeros(is_visual.shape, jnp.float32),
+            chosen_valid=jnp.zeros(chosen.shape, bool),
+            scores=jnp.zeros(scores.shape, jnp.float32),
         )
+        return replace(_compact(view, slots, chosen, parked.chosen_valid), memory=parked)
 
     def update(
-        self,
-        state: WorkingSetState,
-        scores: Float[Array, "B visual"],
-        step: Int[Array, ""],
-        active: Bool[Array, "B"],
-    ) -> WorkingSetState:
+        self, view: View, slots: Slots, scores: Float[Array, "B visual"], active: Bool[Array, "B"]
+    ) -> View:
         """Chooses anew in rows whose attention has changed, and refills their working sets."""
-        scores = jnp.where(state.is_visual, scores, 0.0)
+        parked: Parked = view.memory
+        scores = jnp.where(parked.is_token, scores, 0.0)
         # Before the first step all scores are zero, and so is the similarity: it always chooses.
         # Written so that scores that are no numbers choose too, instead of never.
-        refreshed = ~(_similarity(scores, state.scores) >= self.threshold) & active
-        best = _best(scores, state.is_visual, self.kept + self.protected)
-        chosen = jnp.where(refreshed[:, None], best, state.chosen)
+        refreshed = ~(_similarity(scores, parked.scores) >= self.threshold) & active
+        best, best_valid = _best(scores, parked.valid, parked.is_token, slots, self.p)
+        chosen = jnp.where(refreshed[:, None], best, parked.chosen)
+        chosen_valid = jnp.where(refreshed[:, None], best_valid, parked.chosen_valid)
 
         def refill(working: list[KV]) -> list[KV]:
             # Rows that were not refreshed get what they have: their chosen set is the old one.
             return [
-                cache.write(parked.take(chosen), 0)
-                for cache, parked in zip(working, state.parked, strict=True)
+                cache.write(of_all.take(chosen), 0)
+                for cache, of_all in zip(working, parked.caches, strict=True)
             ]
 
-        caches = jax.lax.cond(refreshed.any(), refill, lambda working: working, state.caches)
-        chosen_valid, attended = _count(chosen, state.parked_valid, state.is_visual)
-        visible = jax.lax.dynamic_update_slice_in_dim(state.visible, chosen_valid, 0, axis=1)
-        return replace(
-            state,
+        caches = jax.lax.cond(refreshed.any(), refill, lambda working: working, view.caches)
+
+        def with_chosen(of_slots: Array, of_chosen: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(of_slots, of_chosen, 0, axis=1)
+
+        # What holds a token is read from the arrays that were parked, so that counts are counted.
+        visible = chosen_valid & jnp.take_along_axis(parked.valid, chosen, axis=1)
+        is_token = jnp.take_along_axis(parked.is_token, chosen, axis=1)
+        places = jnp.take_along_axis(parked.places, chosen, axis=1)
+        return View(
             caches=caches,
-            visible=_with_current(visible, self.slots.generated, step),
-            attended=attended,
+            visible=with_chosen(view.visible, visible),
+            is_token=with_chosen(view.is_token, is_token),
+            places=with_chosen(view.places, places),
             refreshed=refreshed,
-            chosen=chosen,
-            scores=scores,
+            memory=parked._replace(chosen=chosen, chosen_valid=chosen_valid, scores=scores),
         )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class OneShotState:
-    """State of ``OneShot``; ``protocol.PrunedCache`` describes the fields."""
-
-    caches: list[KV]
-    visible: Bool[Array, "B S"]
-    attended: Int[Array, "B"]
-    refreshed: Bool[Array, "B"]
-    is_visual: Bool[Array, "B visual"]
-    chosen: Int[Array, "B chosen"]
-
-    def chosen_slots(self) -> Bool[Array, "B visual"]:
-        """Visual slots that are chosen; see ``protocol.PrunedCache``."""
-        return _mark(self.chosen, self.is_visual.shape)
 
 
 @dataclass(frozen=True)
@@ -156,144 +135,105 @@ class OneShot:
 
     Attributes:
         layer: first layer that attends to what was chosen.
-        kept: number of visual tokens to choose.
-        protected: number of visual slots that are always chosen (newlines).
-        slots: the layout of the full cache.
+        p: share of the visual tokens that is dropped, in [0, 1).
     """
 
     layer: int
-    kept: int
-    protected: int
-    slots: Slots
+    p: float
 
-    def start(
-        self,
-        caches: list[KV],
-        valid: Bool[Array, "B S"],
-        is_visual: Bool[Array, "B visual"],
-        scores: Float[Array, "B visual"],
-    ) -> OneShotState:
+    @property
+    def stages(self) -> Compression:
+        """KV pruning alone."""
+        return Compression(cache=self)
+
+    def check(self, config: LlavaConfig, frames: int) -> None:
+        """Refuses a layer that the model does not have."""
+        check_layer("DyCoke", self.layer, config)
+
+    def start(self, view: View, slots: Slots, scores: Float[Array, "B visual"]) -> View:
         """Chooses, and drops all other visual slots."""
-        visual = self.slots.visual_range
-        chosen = _best(scores, is_visual, self.kept + self.protected)
-        chosen_valid, attended = _count(chosen, valid[:, visual], is_visual)
-        working, visible = _compact(caches, valid, chosen, chosen_valid, visual)
-        return OneShotState(
-            caches=working,
-            visible=visible,
-            attended=attended,
-            refreshed=jnp.zeros(valid.shape[0], bool),
-            is_visual=is_visual,
-            chosen=chosen,
-        )
+        visual = slots.visual_range
+        valid, is_token = view.visible[:, visual], view.is_token[:, visual]
+        return _compact(view, slots, *_best(scores, valid, is_token, slots, self.p))
 
     def update(
-        self,
-        state: OneShotState,
-        scores: Float[Array, "B visual"],
-        step: Int[Array, ""],
-        active: Bool[Array, "B"],
-    ) -> OneShotState:
-        """Makes the current token visible."""
-        visible = _with_current(state.visible, self.slots.generated, step)
-        return replace(state, visible=visible)
+        self, view: View, slots: Slots, scores: Float[Array, "B visual"], active: Bool[Array, "B"]
+    ) -> View:
+        """Changes nothing: the choice is made."""
+        return view
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MaskedCacheState:
-    """State of ``MaskedCache``; ``protocol.PrunedCache`` describes the common fields."""
+class Hidden(NamedTuple):
+    """Which visual slots hold a token, visible or not, and the last scores."""
 
-    caches: list[KV]
-    visible: Bool[Array, "B S"]
-    attended: Int[Array, "B"]
-    refreshed: Bool[Array, "B"]
-    valid: Bool[Array, "B S"]
-    """Slots that hold a token, visible or not."""
-    is_visual: Bool[Array, "B visual"]
-    chosen: Bool[Array, "B visual"]
-    """Visual slots that are not hidden."""
+    valid: Bool[Array, "B visual"]
     scores: Float[Array, "B visual"]
     similarity: Float[Array, "B"]
-
-    def chosen_slots(self) -> Bool[Array, "B visual"]:
-        """Visual slots that are chosen; see ``protocol.PrunedCache``."""
-        return self.chosen
 
 
 @dataclass(frozen=True)
 class MaskedCache:
-    """Pruning by a mask over the full cache, as the published code decides (mode official).
+    """Pruning by a mask on the full cache (mode official).
 
-    A step whose scores are similar (``threshold`` or above) to those of the step before attends to
-    all tokens. Any other step attends to the ``kept`` candidates with the highest scores of its
-    own. The last visual token is no candidate (the published code does not count it), and neither
-    are newlines: both are always visible.
+    A step whose scores are similar to those of the step before attends to the full cache; any other
+    attends to the visual tokens with the highest scores. The last visual token of a prompt is never
+    a candidate: it is attended to always, and has score 0 in the similarity.
 
     Attributes:
         layer: first layer that is pruned.
-        kept: number of visual tokens to choose.
+        p: share of the candidates that is hidden, in [0, 1).
         threshold: similarity below which a step chooses, in (0, 1].
-        slots: the layout of the full cache.
     """
 
     layer: int
-    kept: int
+    p: float
     threshold: float
-    slots: Slots
 
-    def start(
-        self,
-        caches: list[KV],
-        valid: Bool[Array, "B S"],
-        is_visual: Bool[Array, "B visual"],
-        scores: Float[Array, "B visual"],
-    ) -> MaskedCacheState:
+    @property
+    def stages(self) -> Compression:
+        """KV pruning alone."""
+        return Compression(cache=self)
+
+    def check(self, config: LlavaConfig, frames: int) -> None:
+        """Refuses a layer that the model does not have."""
+        check_layer("DyCoke", self.layer, config)
+
+    def kept(self, tokens: int) -> int:
+        """Number of candidates to choose in a prompt with this many visual tokens."""
+        # The published code leaves the last visual token out of its candidates.
+        return int((1 - self.p) * max(tokens - 1, 0))
+
+    def start(self, view: View, slots: Slots, scores: Float[Array, "B visual"]) -> View:
         """Hides nothing yet."""
-        batch = valid.shape[0]
-        return MaskedCacheState(
-            caches=caches,
-            visible=valid,
-            attended=jnp.zeros(batch, jnp.int32),
-            refreshed=jnp.zeros(batch, bool),
-            valid=valid,
-            is_visual=is_visual,
-            chosen=jnp.ones(is_visual.shape, bool),
-            scores=jnp.zeros(is_visual.shape, jnp.float32),
-            similarity=jnp.zeros(batch, jnp.float32),
-        )
+        nothing = jnp.zeros(scores.shape, jnp.float32)
+        similarity = jnp.zeros(scores.shape[0], jnp.float32)
+        memory = Hidden(view.visible[:, slots.visual_range], nothing, similarity)
+        return replace(view, memory=memory)
 
     def update(
-        self,
-        state: MaskedCacheState,
-        scores: Float[Array, "B visual"],
-        step: Int[Array, ""],
-        active: Bool[Array, "B"],
-    ) -> MaskedCacheState:
+        self, view: View, slots: Slots, scores: Float[Array, "B visual"], active: Bool[Array, "B"]
+    ) -> View:
         """Makes all slots visible, or hides all candidates but the best of this step."""
-        after = jnp.cumsum(state.is_visual[:, ::-1], axis=1)[:, ::-1]
-        candidate = state.is_visual & (after > 1)
+        memory: Hidden = view.memory
+        visual = slots.visual_range
+        is_token = view.is_token[:, visual]
+        after = jnp.cumsum(is_token[:, ::-1], axis=1)[:, ::-1]
+        candidate = is_token & (after > 1)
         scores = jnp.where(candidate, scores, 0.0)
-        similarity = _similarity(scores, state.scores)
+        similarity = _similarity(scores, memory.scores)
         refreshed = ~(similarity >= self.threshold)
         ranked = jnp.where(candidate, scores, -jnp.inf)
-        _, best = jax.lax.top_k(ranked, self.kept)
+        _, best = jax.lax.top_k(ranked, self.kept(slots.tokens))
+        count = lookup(self.kept, slots.tokens, is_token.sum(1))
+        among_best = jnp.arange(best.shape[1]) < count[:, None]
         rows = jnp.arange(best.shape[0])[:, None]
-        of_best = jnp.zeros(candidate.shape, bool).at[rows, best].set(True)
+        of_best = jnp.zeros(candidate.shape, bool).at[rows, best].set(among_best)
         chosen = ~candidate | jnp.where(refreshed[:, None], of_best, True)
-
-        visual = self.slots.visual_range
-        valid = _with_current(state.valid, self.slots.generated, step)
-        visible = valid.at[:, visual].set(valid[:, visual] & chosen)
         return replace(
-            state,
-            visible=visible,
-            attended=(visible[:, visual] & state.is_visual).sum(1, dtype=jnp.int32),
+            view,
+            visible=view.visible.at[:, visual].set(memory.valid & chosen),
             refreshed=refreshed & active,
-            valid=valid,
-            chosen=chosen,
-            scores=scores,
-            similarity=similarity,
+            memory=memory._replace(scores=scores, similarity=similarity),
         )
 
 
@@ -307,50 +247,46 @@ def _similarity(a: Float[Array, "B visual"], b: Float[Array, "B visual"]) -> Flo
 
 
 def _best(
-    scores: Float[Array, "B visual"], is_visual: Bool[Array, "B visual"], count: int
-) -> Int[Array, "B chosen"]:
-    """The slots of all newlines, and of the visual tokens with the highest scores."""
-    return jax.lax.top_k(jnp.where(is_visual, scores, jnp.inf), count)[1].astype(jnp.int32)
-
-
-def _count(
-    chosen: Int[Array, "B chosen"],
+    scores: Float[Array, "B visual"],
     valid: Bool[Array, "B visual"],
-    is_visual: Bool[Array, "B visual"],
-) -> tuple[Bool[Array, "B chosen"], Int[Array, "B"]]:
-    """Which of the chosen slots are valid, and how many of these hold visual tokens."""
-    chosen_valid = jnp.take_along_axis(valid, chosen, axis=1)
-    attended = jnp.take_along_axis(is_visual, chosen, axis=1) & chosen_valid
-    return chosen_valid, attended.sum(1, dtype=jnp.int32)
+    is_token: Bool[Array, "B visual"],
+    slots: Slots,
+    p: float,
+) -> tuple[Int[Array, "B chosen"], Bool[Array, "B chosen"]]:
+    """The slots of all newlines and of the visual tokens with the highest scores, best first.
+
+    Returns:
+        As many slots as the longest prompt of this layout chooses, and which of them count: a row
+        with fewer visual tokens chooses fewer.
+    """
+    is_newline = valid & ~is_token
+    ranked = jnp.where(is_newline, jnp.inf, jnp.where(is_token, scores, -jnp.inf))
+    _, chosen = jax.lax.top_k(ranked, kept_of(slots.tokens, p) + slots.newlines)
+    count = lookup(lambda tokens: kept_of(tokens, p), slots.tokens, is_token.sum(1))
+    count += is_newline.sum(1)
+    return chosen.astype(jnp.int32), jnp.arange(chosen.shape[1]) < count[:, None]
 
 
 def _compact(
-    caches: list[KV],
-    valid: Bool[Array, "B S"],
-    chosen: Int[Array, "B chosen"],
-    chosen_valid: Bool[Array, "B chosen"],
-    visual: slice,
-) -> tuple[list[KV], Bool[Array, "B working"]]:
-    """Working sets (the chosen visual slots, then all that is not visual), and what is visible."""
+    view: View, slots: Slots, chosen: Int[Array, "B chosen"], chosen_valid: Bool[Array, "B chosen"]
+) -> View:
+    """A view of the chosen visual slots, then all slots that are not visual."""
+    visual = slots.visual_range
 
     def compact(cache: KV) -> KV:
         of_visual = cache.part(visual.start, visual.stop)
         before, after = cache.part(0, visual.start), cache.part(visual.stop, cache.slots)
         return KV.join([of_visual.take(chosen), before, after])
 
-    visible = [chosen_valid, valid[:, : visual.start], valid[:, visual.stop :]]
-    return [compact(cache) for cache in caches], jnp.concatenate(visible, axis=1)
+    def of_slots(x: Any) -> Any:
+        of_visual = jnp.take_along_axis(x[:, visual], chosen, axis=1)
+        return jnp.concatenate([of_visual, x[:, : visual.start], x[:, visual.stop :]], axis=1)
 
-
-def _mark(chosen: Int[Array, "B chosen"], shape: tuple[int, ...]) -> Bool[Array, "B visual"]:
-    rows = jnp.arange(shape[0])[:, None]
-    return jnp.zeros(shape, bool).at[rows, chosen].set(True)
-
-
-def _with_current(
-    slots: Bool[Array, "B S"], generated: int, step: Int[Array, ""]
-) -> Bool[Array, "B S"]:
-    """Marks the slot of the current token: number ``step`` of the generated ones at the end."""
-    mark = jnp.ones((slots.shape[0], 1), bool)
-    start = slots.shape[1] - generated
-    return jax.lax.dynamic_update_slice_in_dim(slots, mark, start + step, axis=1)
+    visible = of_slots(view.visible)
+    return replace(
+        view,
+        caches=[compact(cache) for cache in view.caches],
+        visible=visible.at[:, : chosen.shape[1]].set(visible[:, : chosen.shape[1]] & chosen_valid),
+        is_token=of_slots(view.is_token),
+        places=of_slots(view.places),
+    )

@@ -1,43 +1,25 @@
-"""What a compressor offers to the rest of the library.
+"""How a method of token compression plugs in: three optional stages, which combine.
 
-Stage 1 selects the visual tokens of a clip that enter the language model. Stage 2 chooses, at each
-decode step, the visual slots that the later layers attend to. The number of tokens that each lets
-through is known before anything runs, so that shapes are static.
+    TokenStage     before the language model: which visual tokens it reads, or rows made of them
+    PromptStage    between two layers of prefill: which of them the layers that follow read
+    CacheStage     while decoding: which of them the later layers attend to
+
+How many tokens a stage lets through at most is known before anything runs, so shapes are static.
+Every stage is hashable, because programs are compiled for it, and it treats every row of a batch
+for itself.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
-from dycoke_jax.cache import KV, Slots
-from dycoke_jax.checks import choice, shown, whole_number
+from dycoke_jax.cache import Slots
+from dycoke_jax.checks import shown
+from dycoke_jax.compression.view import View
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.errors import RequestError
-
-
-@dataclass(frozen=True)
-class Signal:
-    """What a token stage wants to know of the vision tower beside its features.
-
-    It is computed for each frame alone, and pooled to N values a frame as the features are.
-
-    Attributes:
-        kind: ``keys``: the keys of the layer's attention, heads side by side. ``attention``: the
-            attention that each patch receives, as the mean over heads and queries, float32.
-        layer: number of the layer of the tower, from 0; a negative number counts from the end of
-            the layers that are run, so that -1 is the last of them.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-
-    kind: Literal["keys", "attention"]
-    layer: int = -1
-
-    def __post_init__(self) -> None:
-        choice("Signal: kind", self.kind, get_args(Literal["keys", "attention"]))
-        whole_number("Signal: layer", self.layer, -(10**6))
+from dycoke_jax.errors import ConfigError, RequestError
+from dycoke_jax.models.signals import Signal
 
 
 class Rows(NamedTuple):
@@ -56,18 +38,8 @@ class Rows(NamedTuple):
     """New embeddings. None: those of the tokens at ``places``."""
 
 
-@runtime_checkable
-class TokenStage(Protocol):
-    """Selects or merges the visual tokens of a clip before the language model reads them.
-
-    Hashable, because programs are compiled for it; batched, and every row for itself.
-    """
-
+class _Stage(Protocol):
     def __hash__(self) -> int: ...
-
-    @property
-    def signals(self) -> tuple[Signal, ...]:
-        """What the stage wants of the vision tower; nothing else is computed."""
 
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Refuses settings that cannot work on a model or clip length.
@@ -79,6 +51,15 @@ class TokenStage(Protocol):
         Raises:
             ConfigError: naming the setting and its allowed range.
         """
+
+
+@runtime_checkable
+class TokenStage(_Stage, Protocol):
+    """Selects or merges the visual tokens of a clip before the language model reads them."""
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """What the stage wants of the vision tower; nothing else is computed."""
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The largest number of rows that go on (M).
@@ -92,14 +73,14 @@ class TokenStage(Protocol):
         self,
         features: Float[Array, "B F N D"],
         frames: Int[Array, "B"],
-        signals: tuple[Float[Array, "B F N *channels"], ...],
+        signals: tuple[Float[Array, "B F N ..."], ...],
     ) -> Rows:
         """Selects the rows that go on.
 
         Args:
             features: visual tokens of each clip after pooling; those of empty frames are zeros.
-            frames: number of frames of each clip, in 1..F; the others are empty. The result is that
-                of the clip without them.
+            frames: number of frames of each clip, in 1..F (0 in a row without a request); the
+                others are empty. The result is that of the clip without them.
             signals: what ``signals`` asks for, in the same order.
 
         Returns:
@@ -110,13 +91,95 @@ class TokenStage(Protocol):
 
 
 @runtime_checkable
-class Compressor(Protocol):
-    """A method with its settings. Hashable, because programs are compiled for it."""
+class PromptStage(_Stage, Protocol):
+    """Selects or merges visual tokens inside prefill, by what some layers have made of them."""
 
-    def __hash__(self) -> int: ...
+    @property
+    def layer(self) -> int:
+        """The first layer that reads the selected rows only, in 1..layers-1."""
+
+    def most_rows(self, tokens: int) -> int:
+        """The largest number of rows that go on, of this number of visual tokens."""
+
+    def select(
+        self,
+        states: Float[Array, "B visual D"],
+        scores: Float[Array, "B visual"],
+        is_token: Bool[Array, "B visual"],
+        tokens: int,
+    ) -> Rows:
+        """Selects the rows that go on; newlines go on as well and are no candidates.
+
+        Args:
+            states: states of the visual slots before layer ``layer``.
+            scores: attention weights of the prompt's last token on the visual slots in the layer
+                before, as the mean over heads, float32.
+            is_token: visual slots that hold visual tokens; newlines and empty slots are none.
+            tokens: number of visual slots that are for visual tokens.
+
+        Returns:
+            ``most_rows(tokens)`` rows with places among the visual slots. They keep their rotary
+            positions.
+        """
+
+
+@runtime_checkable
+class CacheStage(_Stage, Protocol):
+    """Chooses, in each decode step, what the layers from ``layer`` on attend to."""
+
+    @property
+    def layer(self) -> int:
+        """The first layer that attends to what is chosen, in 1..layers-1.
+
+        The layer before it gives the scores.
+        """
+
+    def start(self, view: View, slots: Slots, scores: Float[Array, "B visual"]) -> View:
+        """The view before the first decode step.
+
+        Args:
+            view: all slots of the layers from ``layer`` on.
+            slots: the segments of these slots.
+            scores: attention weights of the prompt's last token on the visual slots in layer
+                ``layer - 1``, as the mean over heads, float32.
+        """
+
+    def update(
+        self, view: View, slots: Slots, scores: Float[Array, "B visual"], active: Bool[Array, "B"]
+    ) -> View:
+        """The view for one decode step.
+
+        Args:
+            view: result of ``start`` or of the last ``update``, with the keys and values of new
+                tokens appended and the slot of the current token visible.
+            slots: as for ``start``.
+            scores: attention weights of the current token on the visual slots in layer
+                ``layer - 1``, as the mean over heads, float32.
+            active: rows that are still generating.
+        """
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The stages of one method, or of several together; a stage that is None does nothing.
+
+    Attributes:
+        tokens: before the language model.
+        prompt: inside prefill.
+        cache: while decoding.
+    """
+
+    tokens: TokenStage | None = None
+    prompt: PromptStage | None = None
+    cache: CacheStage | None = None
+
+    @property
+    def stages(self) -> "Compression":
+        """Itself, see ``Compressor``."""
+        return self
 
     def check(self, config: LlavaConfig, frames: int) -> None:
-        """Refuses settings that cannot work on a model or clip length.
+        """Refuses stages that cannot work on a model or clip length, or together.
 
         Args:
             config: the model.
@@ -125,28 +188,73 @@ class Compressor(Protocol):
         Raises:
             ConfigError: naming the setting and its allowed range.
         """
+        for stage in (self.tokens, self.prompt, self.cache):
+            if stage is not None:
+                stage.check(config, frames)
+        if self.prompt is not None and self.cache is not None:
+            first, then = self.prompt.layer, self.cache.layer
+            if then <= first:
+                raise ConfigError(
+                    f"the cache is pruned from layer {then} on; it must be a layer above {first}, "
+                    "from which the prompt is pruned"
+                )
 
-    def select(self, features: Float[Array, "B F N D"]) -> Int[Array, "B M"] | None:
-        """Stage 1: selects the visual tokens that enter the language model.
 
-        Args:
-            features: visual tokens of each clip after pooling.
+@runtime_checkable
+class Compressor(Protocol):
+    """What a user gives as ``compression``: a method with its settings, or stages of several."""
 
-        Returns:
-            Indices into the F * N tokens of each clip, in the order in which the language model
-            reads them. None where the settings keep every token in its place.
-        """
+    def __hash__(self) -> int: ...
 
-    def decode_pruning(self, slots: Slots, tokens: int) -> "DecodePruning | None":
-        """Stage 2 for one layout of a batch.
+    @property
+    def stages(self) -> Compression:
+        """What the method does, and where."""
 
-        Args:
-            slots: sizes of the segments of the cache.
-            tokens: kept visual tokens of a prompt (M).
 
-        Returns:
-            The pruning, or None where the settings prune nothing.
-        """
+def combine(*methods: Compressor) -> Compression:
+    """Joins the stages of several methods.
+
+    Raises:
+        ConfigError: if two of them have the same stage.
+    """
+    found: dict[str, Any] = {}
+    for method in methods:
+        for name in ("tokens", "prompt", "cache"):
+            stage = getattr(method.stages, name)
+            if stage is None:
+                continue
+            if name in found:
+                raise ConfigError(
+                    f"{found[name]!r} and {stage!r} cannot be combined: both act "
+                    f"{_WHERE[name]}; leave one of them out"
+                )
+            found[name] = stage
+    return Compression(**found)
+
+
+_WHERE = {
+    "tokens": "before the language model",
+    "prompt": "inside prefill",
+    "cache": "while decoding",
+}
+
+
+def check_layer(name: str, layer: int, config: LlavaConfig) -> None:
+    """Refuses a layer that the model does not have.
+
+    Args:
+        name: name of the method, for the message.
+        layer: first layer at which a stage acts; the layer before it gives the scores.
+        config: the model.
+
+    Raises:
+        ConfigError: with the allowed range.
+    """
+    layers = config.text.num_layers
+    if layer >= layers:
+        raise ConfigError(
+            f"{name}: layer is {layer}; with {layers} layers it must lie in 1..{layers - 1}"
+        )
 
 
 def check_compressor(compression: Any) -> None:
@@ -164,80 +272,3 @@ def check_compressor(compression: Any) -> None:
             f"compression is {shown(compression)}; it must be a compressor such as DyCoke(), or "
             "None for the plain model"
         )
-
-
-@runtime_checkable
-class PrunedCache(Protocol):
-    """What the layers from ``DecodePruning.layer`` on attend to. A dataclass that is a pytree."""
-
-    @property
-    def caches(self) -> list[KV]:
-        """Keys and values of those layers. The slots for generated tokens come last."""
-
-    @property
-    def visible(self) -> Bool[Array, "B S"]:
-        """Slots of ``caches`` that the current token may attend to."""
-
-    @property
-    def is_visual(self) -> Bool[Array, "B visual"]:
-        """Visual slots that hold visual tokens, not newlines."""
-
-    @property
-    def attended(self) -> Int[Array, "B"]:
-        """Number of visual tokens, newlines not counted, that are visible."""
-
-    @property
-    def refreshed(self) -> Bool[Array, "B"]:
-        """Whether the last step chose anew."""
-
-    def chosen_slots(self) -> Bool[Array, "B visual"]:
-        """Visual slots that are chosen, newlines among them; for inspection."""
-
-
-@runtime_checkable
-class DecodePruning(Protocol):
-    """Stage 2. Layers below ``layer`` attend to all tokens, the others to what is chosen.
-
-    Hashable, because programs are compiled for it.
-    """
-
-    def __hash__(self) -> int: ...
-
-    @property
-    def layer(self) -> int:
-        """The first layer that attends to what is chosen. The layer before it gives the scores."""
-
-    def start(
-        self,
-        caches: list[KV],
-        valid: Bool[Array, "B S"],
-        is_visual: Bool[Array, "B visual"],
-        scores: Float[Array, "B visual"],
-    ) -> Any:
-        """The state before the first decode step.
-
-        Args:
-            caches: keys and values of the layers from ``layer`` on, over all slots.
-            valid: slots that hold a token.
-            is_visual: visual slots that hold visual tokens, not newlines.
-            scores: attention weights of the prompt's last token on the visual slots in layer
-                ``layer - 1``, as the mean over heads, float32.
-        """
-
-    def update(
-        self,
-        state: Any,
-        scores: Float[Array, "B visual"],
-        step: Int[Array, ""],
-        active: Bool[Array, "B"],
-    ) -> Any:
-        """The state for one decode step.
-
-        Args:
-            state: result of ``start`` or of the last ``update``, with the keys and values of new
-                tokens appended by the caller.
-            scores: attention weights of the current token on the visual slots in layer
-                ``layer - 1``, as the mean over heads, float32.
-            step: index of the current token's slot among the generated ones, from 0.
-            active: rows that are still generating.
-        """

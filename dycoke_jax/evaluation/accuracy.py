@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dycoke_jax.compression.protocol import Compressor
-from dycoke_jax.llava_video import Answer, LlavaVideo, Video
+from dycoke_jax.engine.requests import Decoding
+from dycoke_jax.inputs.any_video import Video
+from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.llava_video import LlavaVideo
 from dycoke_jax.progress import Progress
 from dycoke_jax.tasks.clip_files import write_clip
 from dycoke_jax.tasks.pictures import draw
@@ -103,13 +106,13 @@ def evaluate(
     with _videos(model, clips, through_files) as video_of:
         for first in range(0, len(asked), batch_size):
             part = asked[first : first + batch_size]
-            answers: list[Answer] = model.generate(
+            answers = model.generate(
                 [video_of(index) for index, _ in part],
                 [question.text for _, question in part],
                 compression=compression,
-                frames=frames,
+                decoding=Decoding(max_new_tokens=96),
+                sampling=FrameSampling(frames),
                 batch_size=batch_size,
-                max_new_tokens=96,
             )
             for (_, question), answer in zip(part, answers, strict=True):
                 tally = result.kinds[question.kind]

@@ -1,6 +1,7 @@
 """Reads and writes results of an evaluation, and shows them as a table and as a plot."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from dycoke_jax.evaluation.accuracy import Result, Tally
 from dycoke_jax.files import write_file
 from dycoke_jax.tasks.questions import KINDS
 
+_PARAMETER = re.compile(r"[A-Z]=[^=]+")
 WIDTH = 170
 """Width that the table of ``table`` needs, in characters."""
 
@@ -204,7 +206,8 @@ def sweeps(names: Sequence[str]) -> dict[str, list[str]]:
     has the value that is most frequent among the settings of the method.
 
     Args:
-        names: names of settings: the words of the method, and parameters such as ``K=0.7``.
+        names: names of settings: the words of the method, and parameters such as ``K=0.7``. A text
+            such as ``random(k=0.5)`` has no such parameters.
 
     Returns:
         Names of settings by the label of their line. The label is the method, followed by the
@@ -212,11 +215,14 @@ def sweeps(names: Sequence[str]) -> dict[str, list[str]]:
     """
     methods: dict[str, list[str]] = {}
     for name in names:
-        method = " ".join(word for word in name.split() if "=" not in word)
+        method = " ".join(word for word in name.split() if not _PARAMETER.fullmatch(word))
         methods.setdefault(method, []).append(name)
     lines = {}
     for method, members in methods.items():
-        numbers = {name: dict(w.split("=") for w in name.split() if "=" in w) for name in members}
+        numbers = {
+            name: dict(w.split("=") for w in name.split() if _PARAMETER.fullmatch(w))
+            for name in members
+        }
         letters = dict.fromkeys(letter for of_name in numbers.values() for letter in of_name)
         usual = {}
         for letter in letters:

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dycoke_jax.cache import KV, Slots
-from dycoke_jax.compression.protocol import DecodePruning
-from dycoke_jax.generation.layout import Layout
+from dycoke_jax.cache import KV
+from dycoke_jax.compression.view import View
+from dycoke_jax.generation.layout import Group, Layout
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
 from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava
-from dycoke_jax.models.qwen2 import Qwen2Layer
+from dycoke_jax.models.qwen2 import Qwen2Layer, Rope
 
 
 # The state is donated, so that the caches are updated in place instead of being copied.
@@ -46,14 +46,14 @@ def decode(
         return (state.step < until) & ~state.done.all()
 
     def body(state: DecodeState) -> DecodeState:
-        logits, state = decode_step(network, state, layout.pruning, layout.slots)
+        logits, state = decode_step(network, state, layout)
         return take_token(state, sample(logits, sampling, state.step), limits)
 
     return jax.lax.while_loop(more, body, state)
 
 
 def decode_step(
-    network: Llava, state: DecodeState, pruning: DecodePruning | None, slots: Slots
+    network: Llava, state: DecodeState, layout: Layout
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """One decode step: reads ``state.token`` of each row into the caches.
 
@@ -64,49 +64,60 @@ def decode_step(
     Returns:
         The logits of the token that follows, float32, and the new state.
     """
-    language = network.language_model
+    language, generated = network.language_model, layout.slots.generated
     index = state.step - 1  # of the token being read, among the generated ones
     x = language.embed_tokens(state.token[:, None])
     rope = language.rope((state.length + index)[:, None])
-    slot = slots.prompt + index
     mark = jnp.ones((x.shape[0], 1), bool)
-    valid = jax.lax.dynamic_update_slice_in_dim(state.valid, mark, slot, axis=1)
+    views: list[View] = []
+    scores = jnp.zeros((x.shape[0], layout.slots.visual))
+    for group, view in zip(layout.groups, state.views, strict=True):
+        slot = view.slots - generated + index
+        visible = jax.lax.dynamic_update_slice_in_dim(view.visible, mark, slot, axis=1)
+        view = replace(view, visible=visible)
+        if group.cache is not None:
+            with jax.named_scope("kv_pruning"):
+                view = group.cache.update(view, group.slots, scores, ~state.done)
+        x, caches, weights = _read(network, x, rope, view, group, slot)
+        # The last layer of a group scores the visual slots for the group that follows.
+        scores = weights[:, :, group.slots.visual_range].mean(1)
+        views.append(replace(view, caches=caches))
+    return network.logits(language.norm(x)[:, 0]), _record(replace(state, views=views))
 
-    def read(number: int, layer: Qwen2Layer, x: Array) -> tuple[Array, tuple[KV, Array]]:
-        x, cache, weights = layer.decode(x, rope, state.caches[number], slot, valid)
+
+def _read(
+    network: Llava,
+    x: Float[Array, "B 1 D"],
+    rope: Rope,
+    view: View,
+    group: Group,
+    slot: Int[Array, ""],
+) -> tuple[Float[Array, "B 1 D"], list[KV], Float[Array, "B H S"]]:
+    """Passes the current token through a group of layers.
+
+    Returns:
+        The output, the caches with the token, and the attention weights of the last layer.
+    """
+
+    def visit(number: int, layer: Qwen2Layer, x: Array) -> tuple[Array, tuple[KV, Array]]:
+        cache = view.caches[number - group.first]
+        x, cache, weights = layer.decode(x, rope, cache, slot, view.visible)
         return x, (cache, weights)
 
-    split = len(state.caches)  # the first pruned layer
-    x, results = walk(language, x, read, stop=split)
-    scores = results[-1][1]
-    state = replace(state, caches=[cache for cache, _ in results], valid=valid)
-
-    if pruning is not None:
-        with jax.named_scope("kv_pruning"):
-            visual = scores[:, :, slots.visual_range].mean(1)
-            pruned = pruning.update(state.pruned, visual, index, ~state.done)
-
-        def read_pruned(number: int, layer: Qwen2Layer, x: Array) -> tuple[Array, KV]:
-            cache = pruned.caches[number - split]
-            place = cache.slots - slots.generated + index
-            x, cache, _ = layer.decode(x, rope, cache, place, pruned.visible)
-            return x, cache
-
-        x, late = walk(language, x, read_pruned, first=split)
-        state = _record(replace(state, pruned=replace(pruned, caches=late)))
-    return network.logits(language.norm(x)[:, 0]), state
+    x, results = walk(network.language_model, x, visit, group.first, group.stop)
+    return x, [cache for cache, _ in results], results[-1][1]
 
 
 def _record(state: DecodeState) -> DecodeState:
-    """Records what the pruned layers attended to, at the place of the token that follows."""
+    """Records what the last layers attended to, at the place of the token that follows."""
 
     def note(log: Array, column: Array) -> Array:
         column = jnp.where(state.done, 0, column).astype(log.dtype)
         return jax.lax.dynamic_update_slice_in_dim(log, column[:, None], state.step, axis=1)
 
-    pruned = state.pruned
+    view = state.views[-1]
     return replace(
         state,
-        attended=note(state.attended, pruned.attended),
-        refreshed=note(state.refreshed, pruned.refreshed),
+        attended=note(state.attended, view.attended()),
+        refreshed=note(state.refreshed, view.refreshed),
     )

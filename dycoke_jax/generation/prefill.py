@@ -6,23 +6,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dycoke_jax.cache import KV
-from dycoke_jax.compression.protocol import DecodePruning
-from dycoke_jax.config import LlavaConfig
-from dycoke_jax.generation.assemble import TextIds, Visual, place_newlines, text_valid
+from dycoke_jax.cache import Slots
+from dycoke_jax.compression.protocol import PromptStage
+from dycoke_jax.compression.view import View
+from dycoke_jax.generation.assemble import (
+    TextIds,
+    Visual,
+    all_rows,
+    assemble,
+    no_visual,
+    place_newlines,
+)
+from dycoke_jax.generation.encode import Features
 from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.sampling import Sampling, sample
 from dycoke_jax.generation.state import DecodeState, Limits, take_token
 from dycoke_jax.generation.walk import walk_prompt
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava
-from dycoke_jax.models.qwen2 import positions_of
 
 
 @jax.jit(static_argnames="layout")
 def prefill(
     model: Model,
-    features: Float[Array, "B F N D"] | None,
+    features: Features | None,
     text: TextIds,
     sampling: Sampling,
     limits: Limits,
@@ -33,8 +40,8 @@ def prefill(
 
     Args:
         model: the model.
-        features: pooled visual tokens of one clip a row, or None for prompts without video.
-        text: token ids before and after the clip.
+        features: visual tokens of one clip a row, or None for prompts without video.
+        text: token ids before and after the clip, in as many slots as the layout has.
         sampling: how each row samples its tokens.
         limits: when each row stops.
         layout: what is known about the batch (static), see ``layout.plan``.
@@ -44,11 +51,7 @@ def prefill(
 
 
 def begin(
-    model: Model,
-    features: Float[Array, "B F N D"] | None,
-    text: TextIds,
-    limits: Limits,
-    layout: Layout,
+    model: Model, features: Features | None, text: TextIds, limits: Limits, layout: Layout
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Reads B prompts; the arguments are those of ``prefill``.
 
@@ -56,81 +59,156 @@ def begin(
         The logits of the first token, float32, and the state before it.
     """
     network, config = model.bind(), model.config
-    compression, pruning = layout.compression, layout.pruning
-    kept = None
     if features is None:
-        visual = no_visual(config, text.question.shape[0])
+        visual = no_visual(config, layout.rows)
     else:
-        kept = None if compression is None else compression.select(features)
+        tokens, frames, signals = features
+        rows = all_rows(tokens, frames)
+        if layout.tokens is not None:
+            with jax.named_scope("token_stage"):
+                rows = layout.tokens.select(tokens, frames, signals)
         newline = network.image_newline[...]
-        visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
-    read = read_prompt(network, visual, text)
-    last = read.valid.shape[1] - text.question.shape[1] + text.question_length - 1
-    logits = network.logits(jnp.take_along_axis(read.states, last[:, None, None], axis=1)[:, 0])
-    scores = None
-    if pruning is not None:
-        attended = last_attention(network, read, pruning.layer - 1, last)
-        first = text.prefix.shape[1]
-        scores = attended[:, :, first : first + visual.valid.shape[1]].mean(1)
-    return logits, start(
-        read.caches, read.valid, visual, kept, scores, limits, pruning, layout.slots.generated
-    )
+        visual = place_newlines(tokens, rows, newline, config.newline, config.frame_grid)
+    read = read_prompt(network, visual, text, layout)
+    state = jnp.take_along_axis(read.states, read.last[:, None, None], axis=1)[:, 0]
+    logits = network.logits(network.language_model.norm(state))
+    return logits, start(visual, text, read.views, limits, layout.slots.generated)
+
+
+class _Sequence(NamedTuple):
+    """The slots of the prompts as a group of layers reads them."""
+
+    valid: Bool[Array, "B T"]
+    positions: Int[Array, "B T"]
+    is_token: Bool[Array, "B T"]
+    """Slots that hold visual tokens."""
+    places: Int[Array, "B T"]
+    """As in ``View``."""
 
 
 class PromptRead(NamedTuple):
     """Results of a pass over the prompts."""
 
     states: Float[Array, "B T D"]
-    """States after the final norm."""
-    caches: list[KV]
-    valid: Bool[Array, "B T"]
-    """Slots that hold a token."""
-    inputs: list[Float[Array, "B T D"]]
-    """Input of each layer; the compiler drops those that nothing reads."""
+    """Output of the last layer in the slots that it reads, before the final norm."""
+    last: Int[Array, "B"]
+    """Slot of the last token of each prompt."""
+    views: list[View]
+    """What each group of layers sees, with room for the generated tokens."""
 
 
-def read_prompt(network: Llava, visual: Visual, text: TextIds) -> PromptRead:
+def read_prompt(network: Llava, visual: Visual, text: TextIds, layout: Layout) -> PromptRead:
     """Runs the language model over all slots of the prompts."""
-    embed = network.language_model.embed_tokens
-    prefix, question = embed(text.prefix), embed(text.question)
-    x = jnp.concatenate([prefix, visual.embeds.astype(prefix.dtype), question], axis=1)
-    prefix_valid, question_valid = text_valid(text)
-    valid = jnp.concatenate([prefix_valid, visual.valid, question_valid], axis=1)
-    x, caches, inputs = walk_prompt(network.language_model, x, positions_of(valid), valid)
-    return PromptRead(x, caches, valid, inputs)
+    language, generated = network.language_model, layout.slots.generated
+    x, sequence = _assemble(network, visual, text)
+    views = []
+    scores, before = jnp.zeros(visual.valid.shape), layout.slots
+    for group in layout.groups:
+        if group.prompt is not None:
+            with jax.named_scope("prompt_stage"):
+                x, sequence = _select(group.prompt, x, sequence, scores, before, group.slots)
+        before = group.slots
+        x, caches, inputs = walk_prompt(
+            language, x, sequence.positions, sequence.valid, group.first, group.stop
+        )
+        view = View(
+            caches=[cache.pad(generated) for cache in caches],
+            visible=jnp.pad(sequence.valid, ((0, 0), (0, generated))),
+            is_token=jnp.pad(sequence.is_token, ((0, 0), (0, generated))),
+            places=jnp.pad(sequence.places, ((0, 0), (0, generated))),
+            refreshed=jnp.zeros(x.shape[0], bool),
+        )
+        if group.cache is not None:
+            view = group.cache.start(view, group.slots, scores)
+        views.append(view)
+        last = group.slots.prefix + group.slots.visual + text.question_length - 1
+        if group is not layout.groups[-1]:
+            # Of the layer before the next group, one row of the attention weights.
+            layer = language.layers[group.stop - 1]
+            position = jnp.take_along_axis(sequence.positions, last[:, None], axis=1)
+            of_last = jnp.take_along_axis(inputs[-1], last[:, None, None], axis=1)
+            rope = language.rope(position)
+            weights = layer.attention_of(of_last, rope, caches[-1], sequence.valid)
+            scores = weights[:, :, group.slots.visual_range].mean(1)
+    return PromptRead(x, last, views)
 
 
-def last_attention(
-    network: Llava, read: PromptRead, layer: int, last: Int[Array, "B"]
-) -> Float[Array, "B H T"]:
-    """Attention weights, float32, of the last token of each prompt in a layer."""
-    language = network.language_model
-    position = jnp.take_along_axis(positions_of(read.valid), last[:, None], axis=1)
-    x = jnp.take_along_axis(read.inputs[layer], last[:, None, None], axis=1)
-    rope = language.rope(position)
-    return language.layers[layer].attention_of(x, rope, read.caches[layer], read.valid)
+def _assemble(
+    network: Llava, visual: Visual, text: TextIds
+) -> tuple[Float[Array, "B T D"], _Sequence]:
+    """The embeddings of the prompts, and their slots as they enter the language model."""
+    slot = jnp.arange(text.question.shape[1])
+    prompt = assemble(
+        network.language_model.embed_tokens,
+        text.prefix,
+        text.prefix_length,
+        visual,
+        text.question,
+        question_valid=slot < text.question_length[:, None],
+        offset=jnp.broadcast_to(slot, text.question.shape),
+    )
+    around = ((0, 0), (text.prefix.shape[1], text.question.shape[1]))
+    return prompt.embeds, _Sequence(
+        valid=prompt.valid,
+        positions=prompt.positions,
+        is_token=jnp.pad(visual.valid & visual.is_visual, around),
+        places=jnp.pad(visual.places, around),
+    )
+
+
+def _select(
+    stage: PromptStage,
+    x: Float[Array, "B T D"],
+    sequence: _Sequence,
+    scores: Float[Array, "B visual"],
+    before: Slots,
+    after: Slots,
+) -> tuple[Float[Array, "B _T D"], _Sequence]:
+    """Leaves the visual slots that a prompt stage selects, and the newlines, in their order.
+
+    Args:
+        stage: the stage.
+        x: states of all slots.
+        sequence: the slots.
+        scores: as ``PromptStage.select`` wants them.
+        before: sizes of the segments so far.
+        after: sizes of the segments from now on.
+    """
+    visual = before.visual_range
+    states, valid = x[:, visual], sequence.valid[:, visual]
+    is_token = sequence.is_token[:, visual]
+    rows = stage.select(states, scores, is_token, before.tokens)
+    row = jnp.arange(x.shape[0])[:, None]
+    rows_valid = jnp.ones(rows.places.shape, bool) if rows.valid is None else rows.valid
+    # Empty rows are written out of range, which is nowhere.
+    places = jnp.where(rows_valid, rows.places, before.visual)
+    selected = jnp.zeros(valid.shape, bool).at[row, places].set(True, mode="drop")
+    if rows.embeds is not None:
+        x = x.at[row, places + visual.start].set(rows.embeds.astype(x.dtype), mode="drop")
+    kept = jnp.where(is_token, selected, valid)
+    first = jnp.argsort(~kept, axis=1, stable=True)[:, : after.visual]
+    kept = jnp.take_along_axis(kept, first, axis=1)
+
+    def take(of_slots: Array) -> Array:
+        index = first if of_slots.ndim == 2 else first[:, :, None]
+        of_visual = jnp.take_along_axis(of_slots[:, visual], index, axis=1)
+        parts = [of_slots[:, : visual.start], of_visual, of_slots[:, visual.stop :]]
+        return jnp.concatenate(parts, axis=1)
+
+    fewer = _Sequence(*map(take, sequence))
+    return take(x), fewer._replace(
+        valid=fewer.valid.at[:, after.visual_range].set(kept),
+        is_token=fewer.is_token.at[:, after.visual_range].min(kept),
+    )
 
 
 def start(
-    caches: list[KV],
-    valid: Bool[Array, "B T"],
-    visual: Visual,
-    kept: Int[Array, "B M"] | None,
-    scores: Float[Array, "B visual"] | None,
-    limits: Limits,
-    pruning: DecodePruning | None,
-    generated: int,
+    visual: Visual, text: TextIds, views: list[View], limits: Limits, generated: int
 ) -> DecodeState:
-    """The state before the first token: caches with room for generated tokens, and pruning."""
-    batch = valid.shape[0]
-    length = valid.sum(1, dtype=jnp.int32)
-    caches = [cache.pad(generated) for cache in caches]
-    valid = jnp.pad(valid, ((0, 0), (0, generated)))
-    pruned = None
-    if pruning is not None:
-        assert scores is not None
-        pruned = pruning.start(caches[pruning.layer :], valid, visual.is_visual, scores)
-        caches = caches[: pruning.layer]
+    """The state before the first token."""
+    batch = visual.valid.shape[0]
+    tokens = (visual.valid & visual.is_visual).sum(1, dtype=jnp.int32)
+    newlines = (visual.valid & ~visual.is_visual).sum(1, dtype=jnp.int32)
     return DecodeState(
         step=jnp.int32(0),
         token=jnp.zeros(batch, jnp.int32),
@@ -138,19 +216,10 @@ def start(
         count=jnp.zeros(batch, jnp.int32),
         done=limits.max_new_tokens <= 0,
         stopped=jnp.zeros(batch, bool),
-        length=length,
-        visual=(visual.valid & visual.is_visual).sum(1, dtype=jnp.int32),
-        newlines=(visual.valid & ~visual.is_visual).sum(1, dtype=jnp.int32),
-        kept=kept,
-        caches=caches,
-        valid=valid,
-        pruned=pruned,
+        length=text.prefix_length + tokens + newlines + text.question_length,
+        visual=tokens,
+        newlines=newlines,
+        views=views,
         attended=jnp.zeros((batch, generated), jnp.int32),
         refreshed=jnp.zeros((batch, generated), bool),
     )
-
-
-def no_visual(config: LlavaConfig, batch: int) -> Visual:
-    """The empty visual segment of prompts without video."""
-    empty = jnp.zeros((batch, 0), bool)
-    return Visual(jnp.zeros((batch, 0, config.text.hidden_size)), empty, empty)

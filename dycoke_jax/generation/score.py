@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.generation.assemble import TextIds
 from dycoke_jax.generation.decode import decode_step
+from dycoke_jax.generation.encode import Features
 from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.prefill import begin
 from dycoke_jax.generation.state import Limits, take_token
@@ -28,7 +29,7 @@ class Scored(NamedTuple):
 @jax.jit(static_argnames="layout")
 def score(
     model: Model,
-    features: Float[Array, "B F N D"] | None,
+    features: Features | None,
     text: TextIds,
     answers: Int[Array, "B answer"],
     lengths: Int[Array, "B"],
@@ -61,7 +62,7 @@ def score(
         inside = index < lengths
         found = jnp.where(inside, chosen, 0), inside & (logits.argmax(-1) == token)
         state = take_token(state, token, limits)
-        return decode_step(network, state, layout.pruning, layout.slots), found
+        return decode_step(network, state, layout), found
 
     # The last token need not be read: nothing follows it.
     (logits, state), found = jax.lax.scan(read, (logits, state), jnp.arange(width - 1))

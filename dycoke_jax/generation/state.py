@@ -1,13 +1,12 @@
 """The state of a batch between prefill and its last token."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dycoke_jax.cache import KV
+from dycoke_jax.compression.view import View
 
 
 @jax.tree_util.register_dataclass
@@ -40,18 +39,13 @@ class DecodeState:
     length: Int[Array, "B"]
     """Number of tokens of the prompt: the rotary position of the first generated token."""
     visual: Int[Array, "B"]
-    """Number of kept visual tokens of the prompt."""
+    """Number of visual tokens that entered the language model."""
     newlines: Int[Array, "B"]
-    kept: Int[Array, "B M"] | None
-    """Indices of the kept tokens (see ``protocol.Compressor.select``); None: all are kept."""
-    caches: list[KV]
-    """Keys and values over all slots, of the layers that are not pruned."""
-    valid: Bool[Array, "B S"]
-    pruned: Any
-    """State of the pruned layers (a ``protocol.PrunedCache``); None without pruning."""
+    views: list[View]
+    """Key/value caches of each group of layers (``layout.Layout.groups``), and what is visible."""
     attended: Int[Array, "B generated"]
-    """Visual tokens that the pruned layers attended to in the step that made each token; 0 for the
-    first token."""
+    """Visual tokens that the last group of layers attended to in the step that made each token; 0
+    for the first token."""
     refreshed: Bool[Array, "B generated"]
     """Whether the step that made each token chose anew."""
 

@@ -47,18 +47,22 @@ def walk_prompt(
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
+    first: int = 0,
+    stop: int | None = None,
 ) -> tuple[Float[Array, "B T D"], list[KV], list[Float[Array, "B T D"]]]:
-    """Passes whole prompts through all layers.
+    """Passes whole prompts through a group of layers.
 
     Args:
         language: the language model.
-        x: embeddings of the tokens in causal order.
+        x: states of the tokens in causal order; before layer 0 their embeddings.
         positions: rotary position of each slot.
         valid: slots that hold a token; the others are never attended to.
+        first: as in ``walk``.
+        stop: as in ``walk``.
 
     Returns:
-        The states after the final norm, the keys and values of each layer, and the input of each
-        layer (the compiler drops inputs that nothing reads).
+        The output of the last layer, before the final norm, the keys and values of each layer, and
+        the input of each layer (the compiler drops inputs that nothing reads).
     """
     rope = language.rope(positions)
 
@@ -68,5 +72,5 @@ def walk_prompt(
         out, cache = layer.prefill(x, rope, valid)
         return out, (cache, x)
 
-    x, results = walk(language, x, visit)
-    return language.norm(x), [cache for cache, _ in results], [into for _, into in results]
+    x, results = walk(language, x, visit, first, stop)
+    return x, [cache for cache, _ in results], [into for _, into in results]

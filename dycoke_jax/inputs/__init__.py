@@ -8,6 +8,7 @@ from dycoke_jax.inputs.frames import resize
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
     Prompt,
+    Prompting,
     Tokenizer,
     build_prompt,
     stop_ids,
@@ -21,6 +22,7 @@ __all__ = [
     "Clip",
     "FrameSampling",
     "Prompt",
+    "Prompting",
     "Tokenizer",
     "build_prompt",
     "check_clip",

@@ -13,10 +13,10 @@ can start or end a turn. For text without control strings the ids equal those of
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from dycoke_jax.checks import sequence, shown, text, whole_number
-from dycoke_jax.errors import PromptError
+from dycoke_jax.checks import choice, flag, sequence, shown, text, whole_number
+from dycoke_jax.errors import PromptError, RequestError
 
 Conversation = str | Sequence[Mapping[str, Any]]
 """A question, or the turns of a conversation in the form that ``build_prompt`` describes."""
@@ -31,8 +31,38 @@ PromptFormat = Literal["llava-next", "checkpoint"]
 """``llava-next``: the conversation format of LLaVA-NeXT, which ``build_prompt`` encodes.
 ``checkpoint``: the checkpoint's own chat template, see ``inputs.chat_template``."""
 
+
 _TURN_START = "<|im_start|>"
 _TURN_END = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a question or conversation is put to the model.
+
+    Attributes:
+        system: text of the system turn; None, or an empty text on the command line, omits it.
+            Default (``...``): "You are a helpful assistant." in the format llava-next, no such turn
+            in checkpoint.
+        prompt_format: ``llava-next``: the conversation format of LLaVA-NeXT, in which the models
+            were trained. ``checkpoint``: the chat template in the checkpoint's own files.
+        time_text: add the times of the frames to the prompt, as LLaVA-Video does; the clip must be
+            a file.
+
+    Raises:
+        RequestError: naming the setting and what is allowed.
+    """
+
+    system: System = ...
+    prompt_format: PromptFormat = "llava-next"
+    time_text: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the types and values of the settings."""
+        choice("prompt_format", self.prompt_format, get_args(PromptFormat), error=RequestError)
+        if self.system is not None and self.system is not ...:
+            text("system", self.system, error=RequestError)
+        flag("time_text", self.time_text, error=RequestError)
 
 
 @runtime_checkable

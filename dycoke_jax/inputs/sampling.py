@@ -16,11 +16,11 @@ class FrameSampling:
     """Which frames of a clip are sampled as model input.
 
     Attributes:
-        frames: number of frames, at least 1; the maximum number if ``fps`` is given.
-        fps: None samples ``frames`` frames evenly over the whole clip, including the first and the
-            last, as LLaVA-OneVision does; a clip with fewer frames repeats some. A number above 0
-            samples about that many frames a second, as LLaVA-Video does, or ``frames`` frames
-            evenly if that would be more than ``frames``.
+        frames: number of frames, at least 1, spread evenly over the clip, with its first and its
+            last frame among them, as LLaVA-OneVision does; a shorter clip repeats some. With
+            ``fps``, the maximum number.
+        fps: frames a second, above 0, as LLaVA-Video samples them; where that would be more than
+            ``frames`` frames, ``frames`` are spread evenly. Without it, ``frames`` alone decides.
 
     Raises:
         ConfigError: naming the setting and its range.

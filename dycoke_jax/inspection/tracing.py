@@ -16,12 +16,15 @@ from jaxtyping import Bool, UInt8
 
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.protocol import Compressor, check_compressor
-from dycoke_jax.engine import Decoding, TokenCounts, run_batch
+from dycoke_jax.compression.view import View
+from dycoke_jax.engine.batch import run_batch
+from dycoke_jax.engine.requests import Decoding, Request, TokenCounts
 from dycoke_jax.errors import RequestError
 from dycoke_jax.generation.state import DecodeState
-from dycoke_jax.inputs.prompts import Conversation, PromptFormat, System
-from dycoke_jax.inputs.video import FrameSampling
-from dycoke_jax.llava_video import LlavaVideo, Video
+from dycoke_jax.inputs.any_video import Video
+from dycoke_jax.inputs.prompts import Conversation, Prompting
+from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.llava_video import LlavaVideo
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,11 @@ def trace_answer(
     prompt: Conversation,
     *,
     compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
-    max_new_tokens: int = 128,
-    frames: int = 32,
-    fps: float | None = None,
-    system: System = ...,
-    prompt_format: PromptFormat = "llava-next",
+    decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
+    sampling: FrameSampling = FrameSampling(),  # noqa: B008 (frozen)
+    prompting: Prompting = Prompting(),  # noqa: B008 (frozen)
 ) -> Trace:
-    """Answers one question by greedy decoding and records the kept and the attended tokens.
+    """Answers one question and records the kept and the attended tokens.
 
     The arguments are those of ``LlavaVideo.generate``.
 
@@ -74,14 +75,7 @@ def trace_answer(
     if video is None:
         raise RequestError("there is nothing to trace without a clip")
     check_compressor(compression)
-    request, _ = model.request(
-        video,
-        prompt,
-        Decoding(max_new_tokens),
-        FrameSampling(frames, fps),
-        system=system,
-        prompt_format=prompt_format,
-    )
+    request = model.prepare(Request(prompt, video, decoding, sampling, prompting))
     assert request.frames is not None
     shape = request.num_frames, model.config.tokens_per_frame
     kept = np.zeros(shape, bool)
@@ -89,20 +83,13 @@ def trace_answer(
     refreshed: list[bool] = []
 
     def record(state: DecodeState) -> None:
-        step, kept_indices = jax.device_get((state.step, state.kept))
-        order = np.arange(kept.size) if kept_indices is None else kept_indices[0]
+        first, last = state.views[0], state.views[-1]
+        step, refreshed_now = jax.device_get((state.step, state.refreshed[0]))
         if step == 1:  # The first token is from prefill; no decode step has run yet.
-            kept.reshape(-1)[order] = True
+            kept[:] = _attended(first, shape)
             return
-        attended_now = kept
-        if state.pruned is not None:
-            slots = state.pruned.is_visual[0], state.pruned.chosen_slots()[0]
-            visual, chosen = jax.device_get(slots)
-            attended_now = np.zeros(shape, bool)
-            # Visual slots without a newline hold the kept tokens, in the order of the indices.
-            attended_now.reshape(-1)[order] = chosen[visual]
-        attended.append(attended_now)
-        refreshed.append(bool(jax.device_get(state.refreshed[0, step - 1])))
+        attended.append(_attended(last, shape))
+        refreshed.append(bool(refreshed_now[step - 1]))
 
     for rows in run_batch(
         model.model,
@@ -124,3 +111,11 @@ def trace_answer(
         refreshed=np.array(refreshed, bool),
         tokens=generated.tokens,
     )
+
+
+def _attended(view: View, shape: tuple[int, int]) -> Bool[np.ndarray, "F N"]:
+    """Which visual tokens of the first clip the layers of a view attend to."""
+    visible, is_token, places = jax.device_get((view.visible[0], view.is_token[0], view.places[0]))
+    marks = np.zeros(shape, bool)
+    marks.reshape(-1)[places[visible & is_token]] = True
+    return marks

@@ -1,7 +1,7 @@
 """The whole model: tower, projector, pooling, newline, language model and head."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import jax
@@ -15,6 +15,7 @@ from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.layers import Linear, parameter
 from dycoke_jax.models.qwen2 import Qwen2
 from dycoke_jax.models.siglip import SiglipVisionTower
+from dycoke_jax.models.signals import Signal
 from dycoke_jax.ops.matmul import matmul
 from dycoke_jax.ops.pooling import pool
 
@@ -36,8 +37,31 @@ class Llava(nnx.Module):
 
     def encode(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C N D"]:
         """Vision tower, projector and pooling: the visual tokens of each frame in raster order."""
-        features = self.projector(self.vision_tower(frames))
-        return pool(features, self.config.pool_mode, self.config.pool_stride)
+        return self.encode_with_signals(frames, ())[0]
+
+    def encode_with_signals(
+        self, frames: UInt8[Array, "C height width 3"], signals: Sequence[Signal]
+    ) -> tuple[Float[Array, "C N D"], tuple[Float[Array, "C N ..."], ...]]:
+        """Encodes frames, and computes signals of the vision tower besides.
+
+        Args:
+            frames: RGB values at the size of the vision tower's input.
+            signals: what to compute.
+
+        Returns:
+            The visual tokens of each frame in raster order, in the dtype of the computation, and
+            the signals in the order in which they were asked for, pooled as the visual tokens are:
+            keys [C, N, vision width] in the dtype of the computation, attention [C, N] in float32.
+
+        Raises:
+            ConfigError: if the tower does not have a layer.
+        """
+        states, computed = self.vision_tower.with_signals(frames, signals)
+        return self._pool(self.projector(states)), tuple(map(self._pool, computed))
+
+    def _pool(self, x: Float[Array, "C P ..."]) -> Float[Array, "C N ..."]:
+        pooled = pool(x.reshape(*x.shape[:2], -1), self.config.pool_mode, self.config.pool_stride)
+        return pooled.reshape(*pooled.shape[:2], *x.shape[2:])
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Next-token logits in float32 of states after the final norm."""

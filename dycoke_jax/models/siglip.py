@@ -1,5 +1,7 @@
 """The SigLIP vision tower (Zhai et al. 2023) as LLaVA uses it: no head, no last block, no norm."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,8 @@ from jaxtyping import Array, Float, UInt8
 
 from dycoke_jax.config import VisionConfig
 from dycoke_jax.models.layers import LayerNorm, Linear, parameter
-from dycoke_jax.ops.attention import attention
+from dycoke_jax.models.signals import Kind, Signal, check_signals
+from dycoke_jax.ops.attention import attention, received_attention
 from dycoke_jax.ops.matmul import matmul
 
 
@@ -36,12 +39,35 @@ class SiglipVisionTower(nnx.Module):
             The patch states after the last block that is run, in raster order, in the dtype of the
             computation.
         """
+        return self.with_signals(frames, ())[0]
+
+    def with_signals(
+        self, frames: UInt8[Array, "C height width 3"], signals: Sequence[Signal]
+    ) -> tuple[Float[Array, "C P D"], tuple[Float[Array, "C P ..."], ...]]:
+        """Encodes each frame independently, and computes what is asked for besides.
+
+        Args:
+            frames: RGB values of ``config.image_size`` pixels a side.
+            signals: what to compute.
+
+        Returns:
+            The patch states as without signals, and the signals in the order in which they were
+            asked for: keys [C, P, D] in the dtype of the computation, attention [C, P] in float32.
+
+        Raises:
+            ConfigError: if the tower does not have a layer.
+        """
+        check_signals(self.config, signals)
+        computed: dict[Signal, Array] = {}
         x = self.patch_embedding(normalise(frames).astype(self.dtype))
         x = x + self.position_embedding.weight[...].astype(x.dtype)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"vision_layer_{index}"):
+                for signal in signals:
+                    if signal.layer % len(self.layers) == index:
+                        computed[signal] = layer.signal(x, signal.kind)
                 x = layer(x)
-        return x
+        return x, tuple(computed[signal] for signal in signals)
 
 
 class PatchEmbedding(nnx.Module):
@@ -84,6 +110,14 @@ class SiglipLayer(nnx.Module):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
+    def signal(self, x: Float[Array, "C P D"], kind: Kind) -> Float[Array, "C P ..."]:
+        """Computes a signal of the layer from its input; see ``Signal``.
+
+        The norm and the keys are written a second time here. The compiler computes them once.
+        """
+        x = self.layer_norm1(x)
+        return self.self_attn.k_proj(x) if kind == "keys" else self.self_attn.received(x)
+
 
 class SiglipAttention(nnx.Module):
     """Multi-head attention over the patches of a frame."""
@@ -98,13 +132,16 @@ class SiglipAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "C P D"]) -> Float[Array, "C P D"]:
         """Self-attention in which every patch attends to every patch of its frame."""
-
-        def heads(y: Float[Array, "C P D"]) -> Float[Array, "C H P E"]:
-            return y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2)
-
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         out = attention(q, k, v, causal=False)
         return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
+
+    def received(self, x: Float[Array, "C P D"]) -> Float[Array, "C P"]:
+        """The attention that each patch receives: mean over heads and queries, float32."""
+        return received_attention(self._heads(self.q_proj(x)), self._heads(self.k_proj(x)))
+
+    def _heads(self, y: Float[Array, "C P D"]) -> Float[Array, "C H P E"]:
+        return y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2)
 
 
 class SiglipMLP(nnx.Module):

@@ -112,6 +112,31 @@ def _attend_block(
     return out.reshape(queries.shape)
 
 
+def received_attention(
+    q: Float[Array, "B H T E"], k: Float[Array, "B H T E"]
+) -> Float[Array, "B T"]:
+    """The attention that each of T keys receives from T queries, all visible to each other.
+
+    Rows are computed one after another, so that the weights of a single row [H, T, T] exist at a
+    time.
+
+    Args:
+        q: queries, of any float dtype.
+        k: keys, of the dtype of ``q``.
+
+    Returns:
+        Softmax weights as the mean over heads and queries, float32; those of a row sum to 1.
+    """
+
+    def of_row(row: tuple[Float[Array, "H T E"], Float[Array, "H T E"]]) -> Float[Array, "T"]:
+        scores = jnp.einsum(
+            "HQE,HTE->HQT", *row, precision="highest", preferred_element_type=jnp.float32
+        )
+        return jax.nn.softmax(scores, axis=-1).mean((0, 1))
+
+    return jax.lax.map(of_row, (q * q.shape[-1] ** -0.5, k))
+
+
 def decode_attention(
     q: Float[Array, "B H 1 E"],
     k: Float[Array, "B K S E"],
@@ -130,14 +155,35 @@ def decode_attention(
         The attended values in the dtype of ``v``, and the softmax weights in float32. The compiler
         drops the weights where nothing reads them.
     """
-    batch, heads, _, width = q.shape
+    weights = attention_weights(q, k, visible[:, None])
+    grouped = weights.astype(v.dtype).reshape(*k.shape[:2], -1, k.shape[2])
+    out = jnp.einsum("BKGS,BKSE->BKGE", grouped, v, precision="highest")
+    return out.reshape(q.shape), weights[:, :, 0]
+
+
+def attention_weights(
+    q: Float[Array, "B H Q E"], k: Float[Array, "B K S E"], visible: Bool[Array, "B Q S"]
+) -> Float[Array, "B H Q S"]:
+    """Softmax weights of attention, all at once: for few queries or short sequences.
+
+    Args:
+        q: queries, of any float dtype; query head h reads key/value head ``h // (H // K)``.
+        k: keys, of the dtype of ``q``.
+        visible: slots that each query may attend to. A query without such a slot gives zeros.
+
+    Returns:
+        The weights in float32; those of a query sum to 1.
+    """
+    batch, heads, queries, width = q.shape
+    # The query heads of one key/value head become rows of one matrix product.
     grouped = (q * width**-0.5).reshape(batch, k.shape[1], -1, width)
     scores = jnp.einsum(
         "BKGE,BKSE->BKGS", grouped, k, precision="highest", preferred_element_type=jnp.float32
     )
-    weights = _softmax(scores, visible[:, None, None, :])
-    out = jnp.einsum("BKGS,BKSE->BKGE", weights.astype(v.dtype), v, precision="highest")
-    return out.reshape(batch, heads, 1, width), weights.reshape(batch, heads, -1)
+    groups, slots = heads // k.shape[1], k.shape[2]
+    seen = jnp.broadcast_to(visible[:, None, None], (batch, 1, groups, queries, slots))
+    weights = _softmax(scores, seen.reshape(batch, 1, -1, slots))
+    return weights.reshape(batch, heads, queries, slots)
 
 
 def _softmax(scores: Float[Array, "..."], visible: Bool[Array, "..."]) -> Float[Array, "..."]:

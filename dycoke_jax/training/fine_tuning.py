@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,14 @@ from dycoke_jax.training.scoring import HeldOut, both_accuracies, task_held_out
 from dycoke_jax.training.sources import BatchShape, Source, TaskSource
 from dycoke_jax.training.step import Optimisation
 from dycoke_jax.training.token_dropping import TokenDroppingMix
+
+# The defaults of ``FineTuning``, which are not those of the settings themselves.
+_SAMPLING = FrameSampling(frames=16)
+_SHAPE = BatchShape(rows=1, accumulate=8, width=256)
+_DROPPING = TokenDroppingMix()
+_OPTIMISATION = Optimisation(
+    steps=1000, learning_rate=1e-5, tower=0.2, warm_up=30, dtype="bfloat16", rematerialise=True
+)
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,12 @@ class FineTuning:
     """
 
     model: str
-    data: Path | None
-    test_data: Path | None
-    sampling: FrameSampling
-    shape: BatchShape
-    dropping: TokenDroppingMix
-    optimisation: Optimisation
+    data: Path | None = None
+    test_data: Path | None = None
+    sampling: FrameSampling = _SAMPLING
+    shape: BatchShape = _SHAPE
+    dropping: TokenDroppingMix = _DROPPING
+    optimisation: Optimisation = _OPTIMISATION
     seed: int = 0
 
 
@@ -101,11 +110,11 @@ def fine_tune(
 
     evaluate = None
     if held_out is not None:
-        evaluate = both_accuracies(config, held_out, what.optimisation.dtype)
+        evaluate = partial(both_accuracies, held_out=held_out)
     run = Run(
         folder=folder,
         config=config,
-        initial=lambda: checkpoint.load(np.float32).params,
+        initial=lambda: checkpoint.load(np.float32),
         source=source,
         optimisation=what.optimisation,
         save_tokenizer=save_tokenizer,

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dycoke_jax.compression.dycoke import DyCoke
-from dycoke_jax.generation.assemble import Visual, place_newlines
+from dycoke_jax.compression.ttm import TokenMerging
+from dycoke_jax.generation.assemble import Visual, all_rows, assemble, place_newlines
 from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava, Params
-from dycoke_jax.models.qwen2 import Qwen2Layer, Rope, positions_of
+from dycoke_jax.models.qwen2 import Qwen2Layer, Rope
 from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.token_dropping import TokenDropping
 
@@ -44,8 +44,8 @@ class Forward(NamedTuple):
     """The visual segment: embeddings, and which slots are valid or newlines."""
     visual_slots: slice
     """Range of the visual slots among the T slots."""
-    kept: Int[Array, "B M"] | None
-    """Kept visual tokens as indices into the F * N tokens of a clip. None: all are kept."""
+    kept: Int[Array, "B M"]
+    """Places of the kept visual tokens among the F * N tokens of a clip."""
     is_answer: Bool[Array, "B Q"]
     """Answer tokens, see ``batches.Batch``."""
 
@@ -134,16 +134,19 @@ def score_answers(
     maybe_rematerialised = jax.checkpoint if rematerialise else lambda function: function
     visual, kept = _visual(network, batch, dropping, key, maybe_rematerialised)
 
-    embed = network.language_model.embed_tokens
-    x = jnp.concatenate([embed(batch.prefix), visual.embeds, embed(batch.ids)], axis=1)
-    prefix_valid = jnp.arange(batch.prefix.shape[1]) < batch.prefix_length[:, None]
-    shared = jnp.concatenate([prefix_valid, visual.valid], axis=1)
-    valid = jnp.concatenate([shared, batch.part > 0], axis=1)
-    before = shared.sum(1, keepdims=True)
-    positions = jnp.concatenate([positions_of(shared), before + batch.offset], axis=1)
-    parts = jnp.pad(batch.part, ((0, 0), (shared.shape[1], 0)))
-    rope = network.language_model.rope(positions)
-    slots = slice(batch.prefix.shape[1], shared.shape[1])
+    language = network.language_model
+    x, valid, positions = assemble(
+        language.embed_tokens,
+        batch.prefix,
+        batch.prefix_length,
+        visual,
+        batch.ids,
+        batch.part > 0,
+        batch.offset,
+    )
+    slots = slice(batch.prefix.shape[1], batch.prefix.shape[1] + visual.valid.shape[1])
+    parts = jnp.pad(batch.part, ((0, 0), (slots.stop, 0)))
+    rope = language.rope(positions)
     forward = Forward(
         network, model.params, rope, valid, parts, visual, slots, kept, batch.is_answer
     )
@@ -155,11 +158,11 @@ def score_answers(
         run = maybe_rematerialised(lambda x: layer.prefill(x, rope, valid, parts)[0])
         return run(x), reads
 
-    x, reads = walk(network.language_model, x, visit)
+    x, reads = walk(language, x, visit)
     added = jnp.float32(0)
     for one, of_one in zip(auxiliary, zip(*reads, strict=True), strict=True):
         added += one.loss([read for read in of_one if read is not None], forward, targets)
-    logits = network.logits(network.language_model.norm(x[:, shared.shape[1] :]))
+    logits = network.logits(language.norm(x[:, slots.stop :]))
 
     # The logits of a slot predict the next slot. A part begins with its question, so the slot
     # before an answer token always belongs to the same part.
@@ -190,22 +193,24 @@ def _visual(
     dropping: TokenDropping | None,
     key: Array | None,
     maybe_rematerialised: Callable[[Callable], Callable],
-) -> tuple[Visual, Int[Array, "B M"] | None]:
-    """The visual segment, and the indices of the visual tokens in it (None: all are kept)."""
+) -> tuple[Visual, Int[Array, "B M"]]:
+    """The visual segment, and the places of its visual tokens among those of the clip."""
     rows, frames = batch.frames.shape[:2]
     folded = batch.frames.reshape(rows * frames, *batch.frames.shape[2:])
     features = maybe_rematerialised(network.encode)(folded)
     features = features.reshape(rows, frames, *features.shape[1:])
-    kept = None
-    if dropping is not None:
+    counts = jnp.where(batch.has_clip, frames, 0)
+    kept = all_rows(features, counts)
+    if dropping is not None and dropping.k > 0:
         # The selection of tokens is discrete and has no gradient.
-        kept = DyCoke(k=dropping.k).select(jax.lax.stop_gradient(features))
-        if dropping.at_random and kept is not None:
+        kept = TokenMerging(dropping.k).select(jax.lax.stop_gradient(features), counts)
+        if dropping.at_random:
             assert key is not None
-            places = jax.random.uniform(key, (rows, frames * features.shape[2]))
-            kept = jnp.sort(jax.lax.top_k(places, kept.shape[1])[1], axis=1)
+            drawn = jax.random.uniform(key, (rows, frames * features.shape[2]))
+            places = jax.lax.top_k(drawn, kept.places.shape[1])[1]
+            kept = kept._replace(places=jnp.sort(places, axis=1))
     config, newline = network.config, network.image_newline[...]
     visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
     # Slots that are not valid are never attended to and take no position, so that a row without a
     # clip is a row of text.
-    return visual._replace(valid=visual.valid & batch.has_clip[:, None]), kept
+    return visual._replace(valid=visual.valid & batch.has_clip[:, None]), kept.places

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
+from jaxtyping import Array, Int
 from orbax.checkpoint import v1 as ocp
 
 from dycoke_jax.checkpoint.save import save_llava_hf
@@ -23,9 +25,9 @@ from dycoke_jax.checks import whole_number
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import CheckpointError, ConfigError
 from dycoke_jax.files import read_json_object
+from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params, abstract_params
 from dycoke_jax.progress import Progress
-from dycoke_jax.training.scoring import Evaluate
 from dycoke_jax.training.sources import Source
 from dycoke_jax.training.step import Metrics, Optimisation, TrainState, start, train_step
 
@@ -39,20 +41,20 @@ class Intervals:
     After the last step a run always does all three.
 
     Attributes:
-        log: steps between two entries of the log, at least 1.
-        evaluate: steps between two evaluations, at least 1.
-        save: steps between two checkpoints, at least 1.
+        log_every: steps between two entries of the log, at least 1.
+        evaluate_every: steps between two evaluations, at least 1.
+        save_every: steps between two saved training states, at least 1.
 
     Raises:
         ConfigError: naming the interval that is no whole number of at least 1.
     """
 
-    log: int = 10
-    evaluate: int = 200
-    save: int = 100
+    log_every: int = 10
+    evaluate_every: int = 200
+    save_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("log", "evaluate", "save"):
+        for name in ("log_every", "evaluate_every", "save_every"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
 
 
@@ -62,8 +64,9 @@ class Run:
 
     Attributes:
         folder: folder of the run; it is made if absent.
-        config: shapes of the model.
-        initial: returns the weights to start from; not called when a run is resumed.
+        config: sizes and layout of the model.
+        initial: returns the model to start from, which has this ``config``; not called when a run
+            is resumed.
         source: the data of each step.
         optimisation: settings of the optimiser, and the number of steps.
         save_tokenizer: writes the files of the tokenizer into the folder it is called with.
@@ -72,25 +75,34 @@ class Run:
             description is the same.
         seed: seed of random token dropping, 0 or more.
         intervals: how often the run logs, evaluates and saves.
-        evaluate: evaluates the weights at intervals and at the end. None: no evaluation.
-        extra: shapes and dtypes, by path, of those weights from ``initial`` that are not the
-            model's own, such as weights of auxiliary losses.
+        evaluate: evaluates the model at intervals and at the end. Its result, which JSON must be
+            able to hold, goes into the log. None: no evaluation.
+        extra: shapes and dtypes, by path, of those weights from ``initial`` that the network does
+            not have, such as weights of auxiliary losses.
     """
 
     folder: Path
     config: LlavaConfig
-    initial: Callable[[], Params]
+    initial: Callable[[], Model]
     source: Source
     optimisation: Optimisation
     save_tokenizer: Callable[[Path], None]
     described: Mapping[str, Any]
     seed: int = 0
     intervals: Intervals = field(default_factory=Intervals)
-    evaluate: Evaluate | None = None
+    evaluate: Callable[[Model], Mapping[str, Any]] | None = None
     extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
 
 
-def train(run: Run, progress: Progress | None = None) -> Params:
+class SavedState(NamedTuple):
+    """A ``TrainState`` as a checkpoint holds it; its names are those in the files."""
+
+    step: Int[Array, ""]
+    params: Params
+    optimiser: optax.OptState
+
+
+def train(run: Run, progress: Progress | None = None) -> Model:
     """Trains from the first step, or resumes an interrupted run from its last checkpoint.
 
     A resumed run computes the same as an uninterrupted one, because batches and random numbers
@@ -102,7 +114,7 @@ def train(run: Run, progress: Progress | None = None) -> Params:
         progress: called after each step.
 
     Returns:
-        The trained weights in float32, those of auxiliary losses included.
+        The trained model; its weights are in float32 and hold those of auxiliary losses too.
 
     Raises:
         ConfigError: if the folder holds a run with another description.
@@ -138,13 +150,13 @@ def train_and_save(run: Run, progress: Progress | None = None) -> Path:
     Raises:
         DycokeError: as ``train`` does, or if the model cannot be written.
     """
-    params = train(run, progress)
+    model = train(run, progress)
     trained = run.folder / MODEL
     if not trained.exists():
         save_llava_hf(
             trained,
-            run.config,
-            lambda paths: ((path, jax.device_get(params[path])) for path in paths),
+            model.config,
+            lambda paths: ((path, jax.device_get(model.params[path])) for path in paths),
             run.save_tokenizer,
         )
     return trained
@@ -152,7 +164,7 @@ def train_and_save(run: Run, progress: Progress | None = None) -> Path:
 
 def _loop(
     run: Run, state: TrainState, saved: ocp.training.Checkpointer, progress: Progress | None
-) -> Params:
+) -> Model:
     began, first, steps = time.perf_counter(), int(state.step), run.optimisation.steps
     # A thread prepares the next batch while the device computes.
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
@@ -162,7 +174,6 @@ def _loop(
             if number + 1 < steps:
                 following = pool.submit(run.source.step, number + 1)
             state, metrics = train_step(
-                run.config,
                 run.optimisation,
                 state,
                 data.batch,
@@ -173,18 +184,18 @@ def _loop(
             )
             done = number + 1
             entry: dict[str, Any] = {}
-            if done % run.intervals.log == 0 or done == steps:
+            if done % run.intervals.log_every == 0 or done == steps:
                 entry = _readable(metrics)
-            if run.evaluate and (done % run.intervals.evaluate == 0 or done == steps):
-                entry |= {"evaluation": run.evaluate(state.params)}
+            if run.evaluate and (done % run.intervals.evaluate_every == 0 or done == steps):
+                entry |= {"evaluation": run.evaluate(state.model)}
             if entry:
                 seconds = round((time.perf_counter() - began) / (done - first), 3)
                 _log(run.folder / LOG, {"step": done, **entry, "seconds_per_step": seconds})
-            if done % run.intervals.save == 0 or done == steps:
-                saved.save(done, state, overwrite=True)
+            if done % run.intervals.save_every == 0 or done == steps:
+                saved.save(done, _to_save(state), overwrite=True)
             if progress:
                 progress(f"training: {_line(metrics)}", done, steps)
-    return state.params
+    return state.model
 
 
 def _claim(folder: Path, described: Mapping[str, Any]) -> None:
@@ -215,17 +226,25 @@ def _resume(run: Run, saved: ocp.training.Checkpointer) -> TrainState:
     if saved.latest is None:
         return start(run.optimisation, run.initial())
     shapes = {**abstract_params(run.config), **run.extra}
-    fresh = jax.eval_shape(lambda: start(run.optimisation, _zeros(shapes)))
+    fresh = jax.eval_shape(
+        lambda: _to_save(start(run.optimisation, Model(_zeros(shapes), run.config)))
+    )
     place = jax.numpy.zeros(()).sharding
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), fresh)
     try:
-        return saved.load(saved.latest.step, abstract)
+        state = saved.load(saved.latest.step, abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
         line = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the state of step {saved.latest.step} in {saved.directory} cannot be read ({line}); "
             "remove that folder to go on from the one before"
         ) from error
+    model = Model(state.params, run.config, run.optimisation.dtype)
+    return TrainState(state.step, model, state.optimiser)
+
+
+def _to_save(state: TrainState) -> SavedState:
+    return SavedState(state.step, state.model.params, state.optimiser)
 
 
 def _zeros(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:

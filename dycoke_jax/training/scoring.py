@@ -6,16 +6,14 @@ all its questions. This holds without KV pruning, which acts in decode steps onl
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from dycoke_jax.config import LlavaConfig
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.model import Model
-from dycoke_jax.models.llava import Params
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.tasks.task import MONITORED, task_clip
 from dycoke_jax.training.batches import Batch, pack
@@ -24,10 +22,6 @@ from dycoke_jax.training.sources import task_example
 from dycoke_jax.training.token_dropping import TokenDropping
 
 _score = jax.jit(score_answers, static_argnames="dropping")
-
-
-Evaluate = Callable[[Params], dict[str, Any]]
-"""Evaluates float32 weights. The result, which JSON must be able to hold, goes into the log."""
 
 
 class HeldOut(NamedTuple):
@@ -96,23 +90,17 @@ def accuracy(
     return {"loss": round(loss / max(tokens, 1), 4), "accuracy": whole, **by_kind}
 
 
-def both_accuracies(config: LlavaConfig, held_out: HeldOut, dtype: str) -> Evaluate:
-    """Returns a function of the weights that computes ``accuracy`` twice.
-
-    Its result has the accuracy with all visual tokens under "full", and the accuracy with temporal
-    token merging (k = 0.7) under "merged".
+def both_accuracies(model: Model, held_out: HeldOut) -> dict[str, dict[str, float]]:
+    """Computes ``accuracy`` with all visual tokens and with temporal token merging (k = 0.7).
 
     Args:
-        config: shapes of the model.
+        model: the model.
         held_out: the held-out set.
-        dtype: dtype of the computation, "float32" or "bfloat16".
+
+    Returns:
+        The accuracy with all visual tokens under "full", and that with merging under "merged".
     """
-
-    def evaluate(params: Params) -> dict[str, Any]:
-        model = Model(params, config, dtype)
-        return {
-            "full": accuracy(model, held_out),
-            "merged": accuracy(model, held_out, TokenDropping(0.7)),
-        }
-
-    return evaluate
+    return {
+        "full": accuracy(model, held_out),
+        "merged": accuracy(model, held_out, TokenDropping(0.7)),
+    }

@@ -1,6 +1,6 @@
 """One training step, as a pure function of the state and the batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,7 +9,6 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dycoke_jax.checks import choice, flag, number, whole_number
-from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
@@ -37,13 +36,14 @@ class Optimisation:
     Attributes:
         steps: number of steps of the run, at least 1.
         learning_rate: highest learning rate of the first cycle, above 0.
-        language: factor for the language model, its embeddings and output head included, and for
-            weights of auxiliary losses; 0 or more, and 0 freezes them.
-        projector: factor for the projector and the newline vector; 0 or more, and 0 freezes them.
-        tower: factor for the vision tower; 0 or more, and 0 freezes it.
+        language: learning-rate factor of the language model, its embeddings and output head
+            included, and of weights of auxiliary losses; 0 or more, and 0 freezes them.
+        projector: learning-rate factor of the projector and the newline vector; 0 or more, and 0
+            freezes them.
+        tower: learning-rate factor of the vision tower; 0 or more, and 0 freezes it.
         frozen_layers: number of layers of the language model, from the first, that are frozen; 0 or
             more.
-        warm_up: steps of linear warm-up of each cycle, 0 or more.
+        warm_up: number of steps of linear learning-rate warm-up of each cycle, 0 or more.
         cycles: further learning-rate cycles, with ascending first steps in 1..steps-1. A cycle ends
             where the next one starts.
         weight_decay: AdamW weight decay, on matrices only; 0 or more.
@@ -94,8 +94,9 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     """Number of steps done, int32."""
-    params: Params
-    """All weights in float32, frozen ones included."""
+    model: Model
+    """The model with all its weights in float32, frozen ones included; its ``dtype`` is that of the
+    computation (``Optimisation.dtype``)."""
     optimiser: optax.OptState
     """State of the optimiser for the weights that are trained; moments are float32."""
 
@@ -182,21 +183,21 @@ def module_of(path: str) -> str:
             return "language"
 
 
-def start(settings: Optimisation, params: Params) -> TrainState:
+def start(settings: Optimisation, model: Model) -> TrainState:
     """The state before the first step, with weights copied to float32.
 
     Args:
         settings: settings of the optimiser.
-        params: weights of the model and of auxiliary losses, in any float dtype.
+        model: the model; its weights are in any float dtype and hold those of auxiliary losses too.
     """
     # The weights are copied, because the first step donates the buffers of its state.
-    params = {path: jnp.array(x, jnp.float32) for path, x in params.items()}
-    return TrainState(jnp.int32(0), params, optimiser(settings).init(_trained(settings, params)))
+    params = {path: jnp.array(x, jnp.float32) for path, x in model.params.items()}
+    moments = optimiser(settings).init(_trained(settings, params))
+    return TrainState(jnp.int32(0), replace(model, params=params, dtype=settings.dtype), moments)
 
 
-@jax.jit(static_argnames=("config", "settings", "dropping", "auxiliary"), donate_argnames="state")
+@jax.jit(static_argnames=("settings", "dropping", "auxiliary"), donate_argnames="state")
 def train_step(
-    config: LlavaConfig,
     settings: Optimisation,
     state: TrainState,
     batch: Batch,
@@ -212,7 +213,6 @@ def train_step(
     auxiliary losses over the accumulation axis, weighted by the number of answer tokens.
 
     Args:
-        config: shapes of the model (static).
         settings: settings of the optimiser (static).
         state: the state before the step; its buffers are donated.
         batch: a batch with one axis before B, over which gradients are accumulated.
@@ -225,13 +225,14 @@ def train_step(
     Returns:
         The state after the step, and the metrics of the step.
     """
-    trained = _trained(settings, state.params)
+    model = state.model
+    trained = _trained(settings, model.params)
 
     def loss(
         trained: Params, part: Batch, targets: Any, key: Array
     ) -> tuple[Float[Array, ""], Scores]:
         scores = score_answers(
-            Model({**state.params, **trained}, config, settings.dtype),
+            replace(model, params={**model.params, **trained}),
             part,
             dropping=dropping,
             key=key,
@@ -269,5 +270,5 @@ def train_step(
         gradient=optax.tree.norm(gradient),
         learning_rate=schedule(settings)(state.step),
     )
-    params = {**state.params, **optax.apply_updates(trained, updates)}
-    return TrainState(state.step + 1, params, moments), metrics
+    params = {**model.params, **optax.apply_updates(trained, updates)}
+    return TrainState(state.step + 1, replace(model, params=params), moments), metrics

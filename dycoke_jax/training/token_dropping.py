@@ -29,8 +29,8 @@ class TokenDroppingMix:
 
     Attributes:
         merged: share of the steps that drop tokens by temporal token merging, in [0, 1].
-        random: share of the steps that drop as many tokens at random, in [0, 1]; at most
-            ``1 - merged``.
+        random: share of the steps that drop as many tokens at random, in [0, 1]; together with
+            ``merged`` at most 1.
         k: share of a compared frame's tokens that these steps drop, in [0, 1).
 
     Raises:

@@ -9,6 +9,8 @@ the picture, and in the left or the right half. Words and visual tokens then sha
 which attention easily finds "the red thing". The stage takes two minutes on two CPU cores.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,33 +40,32 @@ _HasThing = Bool[np.ndarray, "N"]
 
 
 def align(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     tokenizer: Tokenizer,
     progress: Progress | None = None,
     steps: int = STEPS,
-) -> Params:
+) -> Model:
     """Trains all weights but the layers of the language model on single pictures.
 
     Args:
-        config: shapes of a model whose frames have one visual token for each cell of a scene's
-            grid.
-        params: untrained weights of the model, in float32.
+        model: an untrained model with float32 weights, whose frames have one visual token for each
+            cell of a scene's grid.
         tokenizer: a tokenizer that has single tokens for the words to predict: the names of colours
             and shapes, the full stop, "top", "bottom", " left" and " right".
         progress: called after each step.
         steps: number of training steps, at least 1, each on new pictures.
 
     Returns:
-        All weights after the last step, in float32; the language model's layers are unchanged.
+        The model after the last step, with float32 weights; the language model's layers are
+        unchanged.
 
     Raises:
         ConfigError: if a frame has another grid of tokens, or a word is not a single token.
     """
-    if config.frame_grid != (GRID, GRID):
+    if model.config.frame_grid != (GRID, GRID):
         raise ConfigError(f"alignment needs frames of {GRID} x {GRID} visual tokens")
-    frozen = {p: x for p, x in params.items() if p.startswith("language_model.layers")}
-    trained = {p: x for p, x in params.items() if p not in frozen}
+    frozen = {p: x for p, x in model.params.items() if p.startswith("language_model.layers")}
+    trained = {p: x for p, x in model.params.items() if p not in frozen}
 
     def loss(
         trained: Params,
@@ -72,7 +73,7 @@ def align(
         words: Int[Array, "C N words"],
         has_thing: Bool[Array, "C N"],
     ) -> Float[Array, ""]:
-        network = Model({**trained, **frozen}, config).bind()
+        network = replace(model, params={**trained, **frozen}).bind()
         states = network.language_model.norm(network.encode(frames))
         scores = jax.nn.log_softmax(network.logits(states))
         likely = jnp.take_along_axis(scores, words, axis=2).mean(-1)
@@ -81,13 +82,11 @@ def align(
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         seeds = range(2 * step * _PICTURES, 2 * (step + 1) * _PICTURES, 2)
-        pictures = [_picture(config, tokenizer, seed) for seed in seeds]
+        pictures = [_picture(model.config, tokenizer, seed) for seed in seeds]
         return tuple(map(np.stack, zip(*pictures, strict=True)))
 
-    return {
-        **frozen,
-        **fit(trained, loss, batch, steps, _LEARNING_RATE, "aligning visual tokens", progress),
-    }
+    fitted = fit(trained, loss, batch, steps, _LEARNING_RATE, "aligning visual tokens", progress)
+    return replace(model, params={**frozen, **fitted})
 
 
 def _picture(

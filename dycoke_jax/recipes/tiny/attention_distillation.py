@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.models.qwen2 import Qwen2Layer, Rope
+from dycoke_jax.ops.attention import attention_weights
 from dycoke_jax.training.loss import Forward
 
 WEIGHT = 0.5
@@ -76,14 +77,10 @@ def visual_attention(
     """
     first = visual.stop
     q, k, _ = layer.self_attn.project(layer.input_layernorm(x), rope)
-    q = q[:, :, first:] * q.shape[-1] ** -0.5
-    q = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
-    scores = jnp.einsum("BKGQE,BKTE->BKGQT", q, k, preferred_element_type=jnp.float32)
     slots = jnp.arange(valid.shape[1])
     own = (parts[:, None] == 0) | (parts[:, None] == parts[:, first:, None])
     visible = valid[:, None] & own & (slots <= slots[first:, None])
-    scores = jnp.where(visible[:, None, None], scores, -1e30)
-    return jax.nn.softmax(scores)[..., visual].mean((1, 2))
+    return attention_weights(q[:, :, first:], k, visible)[..., visual].mean(1)
 
 
 def distillation_loss(

@@ -13,7 +13,7 @@ on it. So the probe loss goes on in fine-tuning as an auxiliary loss on the same
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.generation.assemble import place_newlines
+from dycoke_jax.generation.assemble import all_rows, place_newlines
 from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
@@ -71,30 +71,29 @@ Targets = Int[np.ndarray, "F N probes"]
 
 
 def train_probes(
-    config: LlavaConfig,
-    params: Params,
+    model: Model,
     progress: Progress | None = None,
     steps: int = STEPS,
     depth: int = DEPTH,
-) -> Params:
+) -> Model:
     """Trains the probes, and all weights but the later layers of the language model, on clips.
 
     Args:
-        config: shapes of a model whose frames have one visual token for each cell of a scene's
-            grid, and whose visual segment ends in its only newline.
-        params: weights of the model after ``align``, in float32.
+        model: the model after ``align``, with float32 weights. Its frames have one visual token for
+            each cell of a scene's grid, and its visual segment ends in its only newline.
         progress: called after each step.
         steps: number of training steps, at least 1, each on new clips.
         depth: number of layers of the language model, from the first, that are trained; in
             1..layers.
 
     Returns:
-        All weights after the last step, in float32, with the probes under ``PROBES``. The layers
-        from ``depth`` on are unchanged.
+        The model after the last step; its float32 weights hold the probes too, under ``PROBES``.
+        The layers from ``depth`` on are unchanged.
     """
+    config = model.config
     upper = tuple(f"language_model.layers.{i}." for i in range(depth, config.text.num_layers))
-    frozen = {p: x for p, x in params.items() if p.startswith(upper)}
-    trained = {p: x for p, x in params.items() if p not in frozen}
+    frozen = {p: x for p, x in model.params.items() if p.startswith(upper)}
+    trained = {p: x for p, x in model.params.items() if p not in frozen}
     probes = probes_shape(config)
     trained[PROBES] = jnp.zeros(probes.shape, probes.dtype)
 
@@ -103,12 +102,12 @@ def train_probes(
         frames: UInt8[Array, "B F height width 3"],
         targets: Int[Array, "B F N probes"],
     ) -> Float[Array, ""]:
-        network = Model({**trained, **frozen}, config).bind()
+        network = replace(model, params={**trained, **frozen}).bind()
         features = network.encode(frames.reshape(-1, *frames.shape[2:]))
         features = features.reshape(*targets.shape[:3], -1)
-        visual = place_newlines(
-            features, None, network.image_newline[...], config.newline, config.frame_grid
-        )
+        kept = all_rows(features, jnp.full(features.shape[0], features.shape[1]))
+        newline = network.image_newline[...]
+        visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
         x, rope = visual.embeds, network.language_model.rope(positions_of(visual.valid))
         x, _ = walk(
             network.language_model,
@@ -128,10 +127,8 @@ def train_probes(
         frames = np.stack([draw(scene, config.vision.image_size) for scene in scenes])
         return frames, targets
 
-    return {
-        **frozen,
-        **fit(trained, loss, batch, steps, _LEARNING_RATE, "training probes", progress),
-    }
+    fitted = fit(trained, loss, batch, steps, _LEARNING_RATE, "training probes", progress)
+    return replace(model, params={**frozen, **fitted})
 
 
 @dataclass(frozen=True)
@@ -164,8 +161,7 @@ class ProbeLoss:
     ) -> Float[Array, ""]:
         """The probe loss of the kept tokens times ``WEIGHT``; ``targets`` cover all tokens."""
         targets = targets.reshape(targets.shape[0], -1, targets.shape[-1])
-        if forward.kept is not None:
-            targets = jnp.take_along_axis(targets, forward.kept[:, :, None], axis=1)
+        targets = jnp.take_along_axis(targets, forward.kept[:, :, None], axis=1)
         return WEIGHT * probe_loss(reads[0], forward.params[PROBES], targets)
 
 

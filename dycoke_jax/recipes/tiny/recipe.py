@@ -2,12 +2,14 @@
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from dycoke_jax.checkpoint.tokenizer import load_tokenizer
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.config import TINY
 from dycoke_jax.inputs.prompts import Tokenizer
+from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params, random_params
 from dycoke_jax.progress import Progress
 from dycoke_jax.recipes.tiny import alignment, probes
@@ -96,13 +98,13 @@ def train_tiny(
         described=described,
         seed=seed,
         intervals=intervals,
-        evaluate=both_accuracies(TINY, task_held_out(tokenizer, size), OPTIMISATION.dtype),
+        evaluate=partial(both_accuracies, held_out=task_held_out(tokenizer, size)),
         extra={probes.PROBES: probes.probes_shape(TINY)},
     )
     return train_and_save(run, progress)
 
 
-def initial(tokenizer: Tokenizer, seed: int = 0, progress: Progress | None = None) -> Params:
+def initial(tokenizer: Tokenizer, seed: int = 0, progress: Progress | None = None) -> Model:
     """Runs both pre-training stages on random weights.
 
     Args:
@@ -111,11 +113,11 @@ def initial(tokenizer: Tokenizer, seed: int = 0, progress: Progress | None = Non
         progress: called after each training step.
 
     Returns:
-        The weights that fine-tuning starts from, in float32, and the probes under
+        The model that fine-tuning starts from; its float32 weights hold the probes too, under
         ``probes.PROBES``.
     """
-    aligned = alignment.align(TINY, random_weights(seed), tokenizer, progress)
-    return probes.train_probes(TINY, aligned, progress)
+    aligned = alignment.align(Model(random_weights(seed), TINY), tokenizer, progress)
+    return probes.train_probes(aligned, progress)
 
 
 def random_weights(seed: int) -> Params:

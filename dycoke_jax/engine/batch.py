@@ -1,151 +1,43 @@
-"""Runs batches: requests of equal shapes pass vision, prefill and decoding together."""
+"""One batch on the device: its requests pass vision, prefill and decoding together."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int
 
-from dycoke_jax.checks import number, whole_number
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.config import LlavaConfig
+from dycoke_jax.engine.requests import (
+    Decoding,
+    Generated,
+    Likelihood,
+    Prepared,
+    Seconds,
+    TokenCounts,
+)
 from dycoke_jax.errors import RequestError
 from dycoke_jax.generation.assemble import TextIds
 from dycoke_jax.generation.decode import decode
-from dycoke_jax.generation.encode import encode
+from dycoke_jax.generation.encode import Features, encode
 from dycoke_jax.generation.layout import Layout, plan
 from dycoke_jax.generation.prefill import prefill
 from dycoke_jax.generation.sampling import Sampling
 from dycoke_jax.generation.score import score
 from dycoke_jax.generation.state import DecodeState, Limits
-from dycoke_jax.inputs.prompts import Prompt
 from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
 
 # The smallest bucket of each segment; larger buckets double. Few shapes mean few compilations.
 MIN_PREFIX, MIN_QUESTION, MIN_GENERATED, STOP_SLOTS = 16, 32, 32, 8
 
-_INT32 = 2**31 - 1
-"""The largest max_new_tokens, top_k and seed: they are int32 on the device."""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How one answer is generated.
-
-    Attributes:
-        max_new_tokens: number of tokens after which the answer is cut off, at least 1.
-        temperature: sampling temperature, 0 or more; 0 for greedy decoding.
-        top_k: number of most likely tokens to sample from; 0 for the whole vocabulary.
-        top_p: sample from the fewest tokens that hold this probability, in (0, 1].
-        seed: of sampling, in [0, 2**31).
-
-    Raises:
-        RequestError: naming the setting and its range.
-
-    Numbers of NumPy are converted to those of Python.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checked = {
-            "max_new_tokens": whole_number(
-                "max_new_tokens", self.max_new_tokens, 1, _INT32, error=RequestError
-            ),
-            "temperature": number("temperature", self.temperature, 0, error=RequestError),
-            "top_k": whole_number("top_k", self.top_k, 0, _INT32, error=RequestError),
-            "top_p": number(
-                "top_p", self.top_p, 0, 1, with_low=False, with_high=True, error=RequestError
-            ),
-            "seed": whole_number("seed", self.seed, 0, _INT32, error=RequestError),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One question with its frames, ready for the device."""
-
-    prompt: Prompt
-    frames: UInt8[np.ndarray, "F height width 3"] | None
-    decoding: Decoding
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames (F); 0 without video."""
-        return 0 if self.frames is None else len(self.frames)
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Numbers of tokens of a request, counted from its arrays and not computed from settings.
-
-    Attributes:
-        prompt: tokens of the prompt as the language model read it.
-        visual: visual tokens of the clip before compression (F * N).
-        merged: visual tokens that entered the language model.
-        newlines: learned newline tokens in the prompt; ``merged`` does not count them.
-        attended: visual tokens that the pruned layers attended to in each decode step; the first
-            step makes the second token. Layers below ``DyCoke.layer`` attend to all ``merged``
-            tokens. Without pruning every entry is ``merged``.
-        refreshes: decode steps that chose the attended tokens anew.
-        generated: tokens of the answer, its stop token included.
-    """
-
-    prompt: int
-    visual: int
-    merged: int
-    newlines: int
-    attended: tuple[int, ...]
-    refreshes: int
-    generated: int
-
-    def __str__(self) -> str:
-        if not self.visual:
-            return f"{self.prompt} prompt, no video"
-        counts = sorted(set(self.attended))
-        if not counts:
-            steps = "no decoding step"
-        elif len(counts) == 1:
-            steps = f"{counts[0]} attended per step"
-        else:
-            mean = sum(self.attended) / len(self.attended)
-            steps = f"{counts[0]}..{counts[-1]} attended per step (mean {mean:.0f})"
-        return f"{self.visual} visual -> {self.merged} after merging -> {steps}"
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Wall time of the batch of a request in seconds; the first batch of a shape also compiles."""
-
-    vision: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-
-
-@dataclass(frozen=True)
-class Generated:
-    """The answer of one row so far; final if ``finish_reason`` is set."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    """``stop`` (the last of ``token_ids`` is a stop token), ``length``, or None if it goes on."""
-    tokens: TokenCounts
-    seconds: Seconds
-
 
 def run_batch(
     model: Model,
-    requests: Sequence[Request],
+    requests: Sequence[Prepared],
     compression: Compressor | None,
     stop_ids: Sequence[int],
     *,
@@ -160,7 +52,7 @@ def run_batch(
 
     Args:
         model: the model.
-        requests: all with the same number of frames (0 for none).
+        requests: all with video, of any lengths, or all without.
         compression: method and settings, or None for the plain model.
         stop_ids: ids that end an answer, at most 8.
         stream_every: number of tokens between two yields, of which the first comes after the first
@@ -181,9 +73,9 @@ def run_batch(
     sampling, limits = _sampling(requests, rows), _limits(requests, rows, stop_ids)
 
     started = time.perf_counter()
-    features = _features(model, requests, rows, progress)
+    features = _features(model, requests, layout, progress)
     if features is not None:
-        features.block_until_ready()
+        features.tokens.block_until_ready()
     encoded = time.perf_counter()
     if progress:
         progress("prefill", 0, 1)
@@ -194,12 +86,11 @@ def run_batch(
         progress("prefill", 1, 1)
 
     longest = max(r.decoding.max_new_tokens for r in requests)
-    visual = 0 if features is None else features.shape[1] * features.shape[2]
     while not done:
         if observe:
             observe(state)
         if stream_every is not None:
-            yield _results(requests, state, visual, seconds)
+            yield _results(model.config, requests, state, seconds)
         until = longest if stream_every is None else step + stream_every
         began = time.perf_counter()
         state = decode(model, state, sampling, limits, np.int32(until), layout=layout)
@@ -210,37 +101,12 @@ def run_batch(
             progress("generating", step, longest)
     if observe:
         observe(state)
-    yield _results(requests, state, visual, seconds)
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """How likely a model finds a given answer.
-
-    Attributes:
-        token_ids: the tokens of the answer.
-        log_likelihoods: natural logarithm of the probability of each token after the prompt and the
-            tokens before it.
-        is_greedy: whether greedy decoding would give exactly these tokens.
-        visual: visual tokens of the clip before compression (F * N).
-        merged: visual tokens that entered the language model.
-    """
-
-    token_ids: tuple[int, ...]
-    log_likelihoods: tuple[float, ...]
-    is_greedy: bool
-    visual: int
-    merged: int
-
-    @property
-    def total(self) -> float:
-        """Log-likelihood of the whole answer."""
-        return float(np.sum(self.log_likelihoods, dtype=np.float64))
+    yield _results(model.config, requests, state, seconds)
 
 
 def score_batch(
     model: Model,
-    requests: Sequence[Request],
+    requests: Sequence[Prepared],
     answers: Sequence[tuple[int, ...]],
     compression: Compressor | None,
     *,
@@ -254,8 +120,8 @@ def score_batch(
 
     Args:
         model: the model.
-        requests: all with the same number of frames (0 for none); of their settings of decoding
-            none counts.
+        requests: all with video, of any lengths, or all without; of their settings of decoding none
+            counts.
         answers: token ids of an answer to each request, at least one id each.
         compression: method and settings, or None for the plain model.
         progress: called while frames are encoded.
@@ -274,41 +140,67 @@ def score_batch(
         for request, answer in zip(requests, answers, strict=True)
     ]
     layout, text = _lay_out(model.config, requests, compression)
-    features = _features(model, requests, layout.rows, progress)
+    features = _features(model, requests, layout, progress)
     ids, lengths = _pad(answers, layout.rows, layout.slots.generated)
     scored = jax.device_get(score(model, features, text, ids, lengths, layout=layout))
-    visual = 0 if features is None else features.shape[1] * features.shape[2]
     return [
         Likelihood(
             token_ids=tuple(answer),
             log_likelihoods=tuple(scored.log_likelihood[row, : len(answer)].tolist()),
             is_greedy=bool(scored.is_likeliest[row, : len(answer)].all()),
-            visual=visual,
+            visual=requests[row].num_frames * model.config.tokens_per_frame,
             merged=int(scored.merged[row]),
         )
         for row, answer in enumerate(answers)
     ]
 
 
-def _lay_out(
-    config: LlavaConfig, requests: Sequence[Request], compression: Compressor | None
-) -> tuple[Layout, TextIds]:
-    """Returns the layout of a batch and the token ids of its prompts.
+def layout_of(
+    config: LlavaConfig, requests: Sequence[Prepared], rows: int, compression: Compressor | None
+) -> Layout:
+    """The layout of a batch: sizes of all segments, rounded up to few values.
+
+    A batch of requests of one layout has this layout; a request also fits into any larger one.
+
+    Args:
+        config: the model.
+        requests: at least one; all with video or all without.
+        rows: rows of the batch.
+        compression: method and settings, or None for the plain model.
 
     Raises:
         RequestError: if a request does not fit into the model's positions.
         ConfigError: if the compression cannot work on this model or clip length.
     """
-    frames = requests[0].num_frames
-    if not frames:
+    most = max(request.num_frames for request in requests)
+    if not most:
         compression = None  # nothing to compress: share the plain model's programs
-    generated = bucket(max(r.decoding.max_new_tokens for r in requests), MIN_GENERATED)
-    rows = bucket(len(requests), 1)
-    text = _text(requests, rows)
-    prompt = text.prefix.shape[1], text.question.shape[1]
-    layout = plan(config, rows, frames, *prompt, generated, compression)
-    _check_lengths(config, requests, layout.slots.visual)
-    return layout, text
+    if compression is not None:
+        for frames in {request.num_frames for request in requests}:
+            compression.stages.check(config, frames)
+    layout = plan(
+        config,
+        rows,
+        frame_bucket(most),
+        bucket(max(len(r.prompt.before) for r in requests), MIN_PREFIX),
+        bucket(max(len(r.prompt.after) for r in requests), MIN_QUESTION),
+        bucket(max(r.decoding.max_new_tokens for r in requests), MIN_GENERATED),
+        compression,
+    )
+    _check_lengths(config, requests, compression)
+    return layout
+
+
+def _lay_out(
+    config: LlavaConfig, requests: Sequence[Prepared], compression: Compressor | None
+) -> tuple[Layout, TextIds]:
+    """Returns the layout of a batch and the token ids of its prompts."""
+    layout = layout_of(config, requests, bucket(len(requests), 1), compression)
+    before = [request.prompt.before for request in requests]
+    after = [request.prompt.after for request in requests]
+    prefix = _pad(before, layout.rows, layout.slots.prefix)
+    question = _pad(after, layout.rows, layout.slots.question)
+    return layout, TextIds(*map(jnp.asarray, (*prefix, *question)))
 
 
 def _ask(state: DecodeState) -> tuple[int, bool]:
@@ -318,41 +210,42 @@ def _ask(state: DecodeState) -> tuple[int, bool]:
 
 
 def bucket(size: int, least: int) -> int:
-    """The smallest of least, 2 * least, 4 * least, ... that is at least ``size``."""
+    """The smallest of 0, least, 2 * least, 4 * least, ... that is at least ``size``."""
+    if not size:
+        return 0
     while least < size:
         least *= 2
     return least
 
 
-def _check_lengths(config: LlavaConfig, requests: Sequence[Request], visual: int) -> None:
+def frame_bucket(frames: int) -> int:
+    """The smallest of 0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ... that is at least ``frames``."""
+    whole = bucket(frames, 1)
+    return 3 * whole // 4 if frames <= 3 * whole // 4 and whole >= 32 else whole
+
+
+def _check_lengths(
+    config: LlavaConfig, requests: Sequence[Prepared], compression: Compressor | None
+) -> None:
     for request in requests:
-        prompt = len(request.prompt.before) + visual + len(request.prompt.after)
+        slots = plan(config, 1, request.num_frames, 0, 0, 0, compression).slots
+        prompt = len(request.prompt.before) + slots.visual + len(request.prompt.after)
         if prompt + request.decoding.max_new_tokens > config.text.max_positions:
             raise RequestError(
-                f"a prompt of up to {prompt} tokens ({visual} of them visual) and "
+                f"a prompt of up to {prompt} tokens ({slots.visual} of them visual) and "
                 f"{request.decoding.max_new_tokens} new ones exceed the model's "
                 f"{config.text.max_positions} positions; use fewer frames or a shorter text"
             )
 
 
 def _features(
-    model: Model,
-    requests: Sequence[Request],
-    rows: int,
-    progress: Progress | None,
-) -> Float[Array, "B F N D"] | None:
+    model: Model, requests: Sequence[Prepared], layout: Layout, progress: Progress | None
+) -> Features | None:
     clips = [request.frames for request in requests if request.frames is not None]
-    return encode(model, clips, rows, progress) if clips else None
-
-
-def _text(requests: Sequence[Request], rows: int) -> TextIds:
-    prefixes = [request.prompt.before for request in requests]
-    questions = [request.prompt.after for request in requests]
-    longest = max(map(len, prefixes))
-    prefix, prefix_length = _pad(prefixes, rows, bucket(longest, MIN_PREFIX) if longest else 0)
-    longest = max(map(len, questions))
-    question, question_length = _pad(questions, rows, bucket(longest, MIN_QUESTION))
-    return TextIds(*map(jnp.asarray, (prefix, prefix_length, question, question_length)))
+    if not clips:
+        return None
+    signals = () if layout.tokens is None else layout.tokens.signals
+    return encode(model, clips, layout.rows, layout.frames, signals, progress)
 
 
 def _pad(
@@ -367,7 +260,7 @@ def _pad(
     return table, length
 
 
-def _sampling(requests: Sequence[Request], rows: int) -> Sampling:
+def _sampling(requests: Sequence[Prepared], rows: int) -> Sampling:
     def column(values: list, kind: type, empty: float) -> Array:
         # A temperature above the largest float32 becomes infinity: all tokens are equally likely.
         with np.errstate(over="ignore"):
@@ -381,7 +274,7 @@ def _sampling(requests: Sequence[Request], rows: int) -> Sampling:
     )
 
 
-def _limits(requests: Sequence[Request], rows: int, stop_ids: Sequence[int]) -> Limits:
+def _limits(requests: Sequence[Prepared], rows: int, stop_ids: Sequence[int]) -> Limits:
     if len(stop_ids) > STOP_SLOTS:
         raise RequestError(f"{len(stop_ids)} stop ids were given; at most {STOP_SLOTS} work")
     stops = np.full((rows, STOP_SLOTS), -1, np.int32)
@@ -392,7 +285,7 @@ def _limits(requests: Sequence[Request], rows: int, stop_ids: Sequence[int]) -> 
 
 
 def _results(
-    requests: Sequence[Request], state: DecodeState, visual: int, seconds: Seconds
+    config: LlavaConfig, requests: Sequence[Prepared], state: DecodeState, seconds: Seconds
 ) -> list[Generated]:
     # One transfer from the device for all of it.
     (ids, length, done, stopped), (count, merged, newlines, attended, refreshed) = jax.device_get(
@@ -402,18 +295,15 @@ def _results(
         )
     )
     results = []
-    for row in range(len(requests)):
+    for row, request in enumerate(requests):
         steps = slice(1, int(count[row]))
-        of_steps = attended[row, steps]
-        if state.pruned is None:
-            of_steps = np.full_like(of_steps, merged[row])
         reason = "stop" if stopped[row] else "length"
         counts = TokenCounts(
             prompt=int(length[row]),
-            visual=visual,
+            visual=request.num_frames * config.tokens_per_frame,
             merged=int(merged[row]),
             newlines=int(newlines[row]),
-            attended=tuple(of_steps.tolist()),
+            attended=tuple(attended[row, steps].tolist()),
             refreshes=int(refreshed[row, steps].sum()),
             generated=int(count[row]),
         )

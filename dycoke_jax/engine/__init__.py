@@ -1,0 +1,1 @@
+"""Requests, batches of them, and the stream of their answers."""

@@ -1,0 +1,223 @@
+"""A stream of requests: full batches, failures as items, bounded memory, nothing compiled anew."""
+
+import os
+import threading
+import time
+from itertools import chain, count, repeat
+
+import numpy as np
+import pytest
+from support.tiny import SIDE, tiny_model
+
+from dycoke_jax import Decoding, DyCoke, Failure, Piece, Request
+from dycoke_jax.engine.prepare import CLIP_THREADS
+from dycoke_jax.engine.schedule import PATIENCE, form_batches
+from dycoke_jax.errors import ConfigError, PromptError, RequestError, VideoError
+
+BATCH = 8
+METHOD = DyCoke(layer=1)
+FRAMES = (0, 2, 3, 4)
+UNREADABLE = (3, 77, 198)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(layers=2)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    rng = np.random.default_rng(0)
+    shape = (SIDE, SIDE, 3)
+    return {n: rng.integers(0, 256, (5, n, *shape), dtype=np.uint8) for n in FRAMES[1:]}
+
+
+def mixed(clips, seed=0, unreadable=()):
+    """200 requests of mixed clips, questions, limits and ways of sampling, one by one."""
+    rng = np.random.default_rng(seed)
+    for index in range(200):
+        frames, words = rng.choice(FRAMES), rng.choice([1, 2, 40])
+        video = clips[frames][rng.integers(5)] if frames else None
+        decoding = Decoding(int(rng.integers(1, 33)), rng.choice([0.0, 0.9]), seed=index)
+        yield Request("Why? " * words, "none.mp4" if index in unreadable else video, decoding)
+
+
+def batches_of(model, requests, batch_size=BATCH):
+    """The numbers of the requests of each batch."""
+    formed = form_batches(model.config, model.prepare, requests, METHOD, batch_size=batch_size)
+    return [[one.index for one in batch] for batch in formed]
+
+
+def test_a_mixed_stream_runs_in_full_batches_and_compiles_nothing(model, clips, compilations):
+    """With unreadable clips among it; and every request gets the answer that it gets alone."""
+
+    def run(seed):
+        reports, stream = [], mixed(clips, seed, UNREADABLE)
+        results = [*model.run(stream, compression=METHOD, on_batch=reports.append)]
+        return results, reports, compilations()
+
+    _, _, warm = run(seed=1)
+    results, reports, after = run(seed=2)
+    assert after == warm > 0
+    assert np.mean([report.fill for report in reports]) >= 0.85
+    assert sorted(result.index for result in results) == [*range(200)]
+
+    failures = [result for result in results if isinstance(result, Failure)]
+    assert sorted(failure.index for failure in failures) == [*UNREADABLE]
+    for failure in failures:
+        assert failure.kind == "video"
+        assert isinstance(failure.error, VideoError)
+        assert failure.message == str(failure.error)
+        assert "none.mp4" in failure.message
+        assert "\n" not in failure.message
+
+    answers = {one.index: one.answer for one in results if not isinstance(one, Failure)}
+    requests = [*mixed(clips, seed=2)]
+    for index in range(0, 200, 5):
+        one = requests[index]
+        alone = model.generate(
+            [one.video], [one.prompt], compression=METHOD, decoding=one.decoding
+        )[0]
+        assert answers[index].token_ids == alone.token_ids
+        assert answers[index].tokens == alone.tokens
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_batches_are_full_in_whatever_order_the_requests_come(model, clips, seed):
+    batches = batches_of(model, mixed(clips, seed))
+    assert np.mean([len(batch) for batch in batches]) >= 0.85 * BATCH
+    assert sorted(chain(*batches)) == [*range(200)]
+
+
+def test_batches_do_not_depend_on_how_long_clips_take_to_read(model, clips):
+    plain = batches_of(model, mixed(clips))
+    rng = np.random.default_rng(0)
+
+    def slow(request):
+        time.sleep(rng.uniform(0, 0.01))
+        return model.prepare(request)
+
+    formed = form_batches(model.config, slow, mixed(clips), METHOD, batch_size=BATCH)
+    assert [[one.index for one in batch] for batch in formed] == plain
+
+
+@pytest.mark.parametrize(("batch_size", "requests"), [(1, 5), (3, 3), (8, 5), (8, 8)])
+def test_what_fits_into_one_batch_runs_as_one(model, clips, batch_size, requests):
+    """Questions of different lengths, which alone would have other shapes."""
+    stream = [Request("Why? " * (1 + 13 * n), clips[2][n % 5]) for n in range(requests)]
+    batches = batches_of(model, stream, batch_size)
+    assert len(batches) == -(-requests // batch_size)
+
+
+def test_text_alone_and_clips_do_not_share_a_batch(model, clips):
+    stream = [Request("Why?", clips[2][0] if n % 2 else None) for n in range(6)]
+    assert sorted(map(sorted, batches_of(model, stream))) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_a_rare_request_is_not_overtaken_for_ever(model, clips):
+    def stream():
+        yield Request("Rare.")
+        for _ in count():
+            yield Request("Why?", clips[2][0])
+
+    formed = form_batches(model.config, model.prepare, stream(), METHOD, batch_size=2)
+    for number, batch in enumerate(formed):
+        if batch[0].index == 0:
+            break
+        assert number < PATIENCE + 1
+    formed.close()
+
+
+def test_the_look_ahead_is_bounded(model, clips):
+    """Four batches of requests are taken from an endless stream, the one that runs included."""
+    taken = []
+
+    def stream():
+        for index in count():
+            taken.append(index)
+            yield Request("Why? " * (1 + 39 * (index % 2)), clips[2][0], Decoding(2))
+
+    results = model.run(stream(), compression=METHOD, batch_size=BATCH)
+    assert not taken, "nothing is read before the first result is asked for"
+    for finished in range(6 * BATCH):
+        next(results)
+        assert len(taken) <= finished + 4 * BATCH
+    results.close()
+
+
+def test_a_reader_may_stop_at_any_time(model, clips):
+    """Then the threads end."""
+
+    def reading():
+        return sum(thread.name.startswith("clips") for thread in threading.enumerate())
+
+    before, request = reading(), Request("Why?", clips[2][0], Decoding(2))
+    for stop in (0, 1, BATCH + 3):
+        results = model.run(repeat(request), compression=METHOD, batch_size=BATCH)
+        for _ in range(stop):
+            next(results)
+        assert reading() - before <= CLIP_THREADS
+        results.close()
+        assert reading() == before
+        assert not [*results]
+
+
+def test_each_kind_of_failure_is_an_item_and_the_others_are_answered(model, clips):
+    """Each in the place of its request, with the message of the error that it stands for."""
+    good = Request("Why?", decoding=Decoding(2))
+    bad = {
+        "video": (Request("Why?", "none.mp4"), VideoError, "no such file"),
+        "prompt": (Request([], clips[3][0]), PromptError, "the conversation is empty"),
+        "request": (Request("Why?", decoding=Decoding(40_000)), RequestError, "32768 positions"),
+        "config": (Request("Why?", clips[2][0]), ConfigError, "at least 5 frames"),
+    }
+
+    requests = [good, *(request for request, _, _ in bad.values()), good]
+    results = [*model.run(requests, compression=DyCoke(layer=1, mode="official"))]
+    failures = {one.index: one for one in results if isinstance(one, Failure)}
+    for index, (kind, (_, error, message)) in enumerate(bad.items(), start=1):
+        assert failures[index].kind == kind
+        assert type(failures[index].error) is error
+        assert message in failures[index].message
+    assert {one.index for one in results} - failures.keys() == {0, 5}
+
+
+def test_failures_are_returned_on_request_and_otherwise_raised(model, clips):
+    videos, prompts = [clips[2][0], "none.mp4", None], ["Why?", "Why?", "Why?"]
+    ask = {"compression": METHOD, "decoding": Decoding(3)}
+    first, failure, last = model.generate(videos, prompts, failures="return", **ask)
+    assert [len(answer.token_ids) for answer in (first, last)] == [3, 3]
+    assert (failure.index, failure.kind) == (1, "video")
+    items = [*model.stream(videos, prompts, failures="return", **ask)]
+    assert [one.index for one in items if isinstance(one, Failure)] == [1]
+    pieces = [one for one in items if isinstance(one, Piece)]
+    texts = {n: "".join(one.text for one in pieces if one.index == n) for n in (0, 2)}
+    assert texts == {0: first.text, 2: last.text}
+    with pytest.raises(VideoError, match=r"none\.mp4"):
+        model.generate(videos, prompts, **ask)
+    with pytest.raises(VideoError, match=r"none\.mp4"):
+        list(model.stream(videos, prompts, **ask))
+
+
+def test_what_is_no_failure_of_a_request_ends_the_run(model):
+    """An exception of another kind is a fault of the program, wherever it is raised."""
+
+    class Broken:
+        def __fspath__(self):
+            raise ZeroDivisionError
+
+    os.PathLike.register(Broken)
+
+    def stream():
+        yield Request("Why?", decoding=Decoding(1))
+        raise KeyError("of the caller")
+
+    with pytest.raises(ZeroDivisionError):
+        list(model.run([Request("Why?", Broken())]))
+    with pytest.raises(KeyError, match="of the caller"):
+        list(model.run(stream()))
+
+
+def test_no_requests_give_no_results(model):
+    assert [*model.run(iter(()))] == []
+    assert model.generate([], [], failures="return") == []
