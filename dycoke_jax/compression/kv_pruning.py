@@ -241,7 +241,7 @@ def _similarity(a: Float[Array, "B visual"], b: Float[Array, "B visual"]) -> Flo
     """Cosine similarity of the scores of each row; 0 where one of them is all zero."""
     # Where a token hardly attends to the video, the squares of the scores would underflow.
     tiny = jnp.finfo(jnp.float32).tiny
-    a, b = (x / jnp.maximum(x.max(1, keepdims=True), tiny) for x in (a, b))
+    a, b = (x / jnp.maximum(x.max(1, keepdims=True, initial=0), tiny) for x in (a, b))
     norms = jnp.sqrt((a * a).sum(1)) * jnp.sqrt((b * b).sum(1))
     return (a * b).sum(1) / jnp.maximum(norms, tiny)
 

@@ -140,3 +140,42 @@ class Qwen2:
                 x, weights = self.attend(number, x, cache, [now], lambda t, v=visible: v)
             logits.append(self.logits(x[-1]))
         return np.stack(logits), kept_sets, refreshes
+
+    def generate_dropping(self, prompt, candidates, fed, *, first, r, layer=None, p=0.0):
+        """FastV: logits after the prompt and after each fed token, and what the last layer saw.
+
+        The layers from ``first`` on lack the visual tokens that the prompt's last token attends to
+        least in the layer before. With ``layer``, the layers from there on choose among the others
+        in each step, as in ``generate``.
+        """
+        caches = [{} for _ in range(self.config.num_layers)]
+        x = np.asarray(prompt, np.float64)
+        held, left, holds = list(range(len(prompt))), list(candidates), []
+        for number, cache in enumerate(caches):
+            if number == first:
+                scores = weights.mean(0)
+                keep = kept_of(len(candidates), r)
+                left = sorted(sorted(candidates, key=lambda slot: -scores[slot])[:keep])
+                held = [slot for slot in held if slot not in candidates or slot in left]
+                x = x[held]
+            x, weights = self.attend(number, x, cache, held, lambda t: list(range(t + 1)))
+            holds.append(list(held))
+        logits, seen, last, kept = [self.logits(x[-1])], [], None, set(left)
+        for index, token in enumerate(fed):
+            now = len(prompt) + index
+            x = self.weight("embed_tokens.weight")[token][None]
+            for number, cache in enumerate(caches):
+                if number == layer:
+                    before = holds[number - 1]
+                    scores = [weights.mean(0)[before.index(slot)] for slot in left]
+                    if last is None or cosine(np.array(scores), np.array(last)) < 0.9:
+                        order = sorted(range(len(left)), key=lambda n: -scores[n])
+                        kept = {left[n] for n in order[: kept_of(len(left), p)]}
+                    last = scores
+                holds[number].append(now)
+                hidden = set(left) - kept if layer is not None and number >= layer else set()
+                visible = [n for n, slot in enumerate(holds[number]) if slot not in hidden]
+                x, weights = self.attend(number, x, cache, [now], lambda t, v=visible: v)
+            seen.append(kept)
+            logits.append(self.logits(x[-1]))
+        return np.stack(logits), seen
