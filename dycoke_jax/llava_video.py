@@ -30,13 +30,7 @@ from dycoke_jax.engine.requests import (
 from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
 from dycoke_jax.inputs.any_video import Video
 from dycoke_jax.inputs.chat_template import template_of
-from dycoke_jax.inputs.prompts import (
-    Conversation,
-    Prompting,
-    Tokenizer,
-    encode_answer,
-    stop_ids,
-)
+from dycoke_jax.inputs.prompts import Conversation, Prompting, Tokenizer, encode_answer, stop_ids
 from dycoke_jax.inputs.sampling import FrameSampling
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
@@ -185,8 +179,8 @@ class LlavaVideo:
         Every request gets the answer that it would get alone, whatever it is batched with: token
         for token in float32, up to rounding in half precision.
 
-        Programs are compiled when they are first needed: for each number of frames, and for sizes
-        of batch, prompt and answer that double from bucket to bucket. All else is data.
+        Programs are compiled when they are first needed, for sizes of batch, clip, prompt and
+        answer that are rounded up to few values. All else is data.
 
         Args:
             videos: a clip or None for each request; None if no request has a clip.
@@ -447,10 +441,6 @@ def _requests(
         RequestError: if the lists differ in length, or if a setting has a wrong type.
     """
     videos, prompts = _one_each(videos, prompts)
-    # Checked here too, for a call without requests.
-    checks.instance("sampling", sampling, FrameSampling, error=RequestError)
-    checks.instance("prompting", prompting, Prompting, error=RequestError)
-    checks.flag("allow_damaged", allow_damaged, error=RequestError)
     if isinstance(decoding, Decoding):
         decoding = [decoding] * len(prompts)
     must = "it must be a Decoding, or a list with one for each request"

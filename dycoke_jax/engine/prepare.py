@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from traceback import clear_frames
 from types import EllipsisType
 
 from dycoke_jax.engine.requests import Failure, Prepared, Request, failure
@@ -115,6 +116,11 @@ class Ahead:
         try:
             return index, future.result()
         except DycokeError as error:
+            # Among the variables of the functions that it has passed may be frames of the clip.
+            cause: BaseException | None = error
+            while cause is not None:
+                clear_frames(cause.__traceback__)
+                cause = cause.__context__
             return failure(index, error)
 
     def close(self) -> None:
