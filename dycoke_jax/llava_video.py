@@ -216,38 +216,6 @@ class LlavaVideo:
                     results[result.index] = result.answer
         return [results[index] for index in range(len(requests))]
 
-    @overload
-    def stream(
-        self,
-        videos: Sequence[Video | None] | None,
-        prompts: Sequence[Conversation],
-        *,
-        compression: Compressor | None = ...,
-        decoding: Decoding | Sequence[Decoding] = ...,
-        sampling: FrameSampling = ...,
-        prompting: Prompting = ...,
-        allow_damaged: bool = ...,
-        batch_size: int = ...,
-        failures: Literal["raise"] = ...,
-        progress: Progress | None = ...,
-    ) -> Iterator[Piece]: ...
-
-    @overload
-    def stream(
-        self,
-        videos: Sequence[Video | None] | None,
-        prompts: Sequence[Conversation],
-        *,
-        compression: Compressor | None = ...,
-        decoding: Decoding | Sequence[Decoding] = ...,
-        sampling: FrameSampling = ...,
-        prompting: Prompting = ...,
-        allow_damaged: bool = ...,
-        batch_size: int = ...,
-        failures: Literal["return"],
-        progress: Progress | None = ...,
-    ) -> Iterator[Piece | Failure]: ...
-
     def stream(
         self,
         videos: Sequence[Video | None] | None,
@@ -259,19 +227,18 @@ class LlavaVideo:
         prompting: Prompting = Prompting(),  # noqa: B008 (frozen)
         allow_damaged: bool = False,
         batch_size: int = 8,
-        failures: Failures = "raise",
         progress: Progress | None = None,
-    ) -> Iterator[Piece] | Iterator[Piece | Failure]:
+    ) -> Iterator[Piece]:
         """Answers a question about each clip, and yields the text as it is generated.
 
         Arguments and errors are those of ``generate``; settings are checked at once, clips and
-        prompts when the work gets to them.
+        prompts when the work gets to them. The first request that cannot be answered ends the work;
+        ``run`` goes on with the others.
 
         Returns:
             An iterator of the pieces of the answers, several of which may grow at the same time.
             Closing it ends the work.
         """
-        checks.choice("failures", failures, get_args(Failures), error=RequestError)
         run = self.run(
             _requests(videos, prompts, decoding, sampling, prompting, allow_damaged),
             compression=compression,
@@ -279,7 +246,7 @@ class LlavaVideo:
             stream_every=STREAM_EVERY,
             progress=progress,
         )
-        return _raising(run) if failures == "raise" else run
+        return _raising(run)
 
     def run(
         self,

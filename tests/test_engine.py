@@ -200,7 +200,10 @@ def test_failures_are_returned_on_request_and_otherwise_raised(model, clips):
     first, failure, last = model.generate(videos, prompts, failures="return", **ask)
     assert [len(answer.token_ids) for answer in (first, last)] == [3, 3]
     assert (failure.index, failure.kind) == (1, "video")
-    items = [*model.stream(videos, prompts, failures="return", **ask)]
+    requests = [
+        Request(prompt, clip, Decoding(3)) for clip, prompt in zip(videos, prompts, strict=True)
+    ]
+    items = [*model.run(requests, compression=METHOD, stream_every=1)]
     assert [one.index for one in items if isinstance(one, Failure)] == [1]
     pieces = [one for one in items if isinstance(one, Piece)]
     texts = {n: "".join(one.text for one in pieces if one.index == n) for n in (0, 2)}

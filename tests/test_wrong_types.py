@@ -162,7 +162,6 @@ def test_each_setting_of_prompting_is_checked(name, values):
         ("allow_damaged", [None, "no", 0]),
         ("batch_size", NOT_WHOLE),
         ("compression", [DyCoke, "DyCoke", 0.7, {"k": 0.7}, True, [DyCoke()]]),
-        ("failures", [None, "ignore", True, b"raise", ["raise"]]),
         ("progress", [3, "bar", True]),
     ],
 )
@@ -173,6 +172,15 @@ def test_each_argument_of_generate_and_stream_is_checked(model, method, name, va
             RequestError,
             lambda value=value: getattr(model, method)(None, ["What?"], **{name: value}),
             name,
+        )
+
+
+def test_what_becomes_of_failures_is_checked(model):
+    for value in (None, "ignore", True, b"raise", ["raise"]):
+        refuses(
+            RequestError,
+            lambda value=value: model.generate(None, ["What?"], failures=value),
+            "failures",
         )
 
 
