@@ -32,6 +32,14 @@ METHODS: dict[str, type[Any]] = {
 }
 """The dataclass with the settings of each method."""
 
+_OF_DYCOKE = {
+    "TokenMerging": "dycoke(p=0)",
+    "WorkingSet": "dycoke-kv",
+    "OneShot": "dycoke-kv",
+    "MaskedCache": "dycoke-kv",
+}
+"""The names of DyCoke's stages, which are classes of their own."""
+
 PLAIN = "none"
 """The name that stands for the plain model."""
 
@@ -92,7 +100,8 @@ def described(compression: Any) -> dict[str, Any]:
     if isinstance(compression, Compression):
         stages = {field.name: getattr(compression, field.name) for field in fields(compression)}
         found = {name: described(stage) for name, stage in stages.items() if stage is not None}
-        return {"method": "+".join(stage["method"] for stage in found.values())} | found
+        names = [_OF_DYCOKE.get(one["method"], one["method"]) for one in found.values()]
+        return {"method": "+".join(names)} | found
     names = [name for name, of_name in METHODS.items() if of_name is kind]
     return {"method": names[0] if names else kind.__name__} | asdict(compression)
 
