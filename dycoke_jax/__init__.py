@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dycoke_jax.compilation import use_compilation_cache as use_compilation_cache
     from dycoke_jax.compression.dycoke import DyCoke as DyCoke
     from dycoke_jax.config import LlavaConfig as LlavaConfig
     from dycoke_jax.engine.requests import Answer as Answer
@@ -46,6 +47,7 @@ _HOMES = {
     "Prompting": "dycoke_jax.inputs.prompts",
     "Request": "dycoke_jax.engine.requests",
     "TokenCounts": "dycoke_jax.engine.requests",
+    "use_compilation_cache": "dycoke_jax.compilation",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "Prompting",
     "Request",
     "TokenCounts",
+    "use_compilation_cache",
 ]
 
 

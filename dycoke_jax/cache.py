@@ -1,55 +1,101 @@
 """Key/value caches of fixed shape, and the segments of a sequence in them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
+
+
+class Int8Slots(NamedTuple):
+    """Keys or values as int8; a slot of a head is ``values * scale``."""
+
+    values: Int8[Array, "B K S E"]
+    scale: Float[Array, "B K S"]
+    """Float32, above 0 in slots that hold a token."""
 
 
 class KV(NamedTuple):
-    """Keys (after rotation) and values of one layer.
+    """Keys (after rotation) and values of one layer, in a float dtype or as int8 with scales.
 
     No other file takes these arrays apart; they are changed by the methods here alone.
     """
 
-    keys: Float[Array, "B K S E"]
-    values: Float[Array, "B K S E"]
+    keys: Float[Array, "B K S E"] | Int8Slots
+    values: Float[Array, "B K S E"] | Int8Slots
 
     @property
     def slots(self) -> int:
         """Number of slots (S)."""
-        return self.keys.shape[2]
+        return jax.tree.leaves(self)[0].shape[2]
+
+    def int8(self) -> "KV":
+        """Returns the cache as int8, quantised over the width of each head in each slot.
+
+        Each element is rounded to nearest even, so it is off by half a scale at most.
+        """
+        return KV(_quantise(self.keys), _quantise(self.values))
 
     def pad(self, count: int) -> "KV":
         """Returns the cache with ``count`` empty slots behind its own."""
-        room = ((0, 0), (0, 0), (0, count), (0, 0))
-        return KV(jnp.pad(self.keys, room), jnp.pad(self.values, room))
+        return self._each(
+            lambda x: jnp.pad(x, [(0, count if axis == 2 else 0) for axis in range(x.ndim)])
+        )
 
     def part(self, start: int, stop: int) -> "KV":
         """Returns the slots from ``start`` to before ``stop``."""
-        return KV(self.keys[:, :, start:stop], self.values[:, :, start:stop])
+        return self._each(lambda x: x[:, :, start:stop])
 
     def take(self, slots: Int[Array, "B chosen"]) -> "KV":
         """Returns the given slots of each row, in the given order."""
-        index = slots[:, None, :, None]
-        return KV(*(jnp.take_along_axis(x, index, axis=2) for x in (self.keys, self.values)))
+
+        def taken(x: Array) -> Array:
+            index = slots[:, None, :, None] if x.ndim == 4 else slots[:, None]
+            return jnp.take_along_axis(x, index, axis=2)
+
+        return self._each(taken)
 
     def write(self, new: "KV", slot: Int[Array, ""] | int) -> "KV":
         """Writes the slots of ``new`` from ``slot`` on, the same place in every row.
 
-        That is one slice update of each array, in place where the cache is donated.
+        That is one slice update of each array, in place where the cache is donated. A cache that is
+        int8 quantises what is written to it.
         """
-        update = jax.lax.dynamic_update_slice_in_dim
-        keys = update(self.keys, new.keys.astype(self.keys.dtype), slot, axis=2)
-        return KV(keys, update(self.values, new.values.astype(self.values.dtype), slot, axis=2))
+        if isinstance(self.keys, Int8Slots):
+            new = new.int8()
+
+        def written(x: Array, of_new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, of_new.astype(x.dtype), slot, axis=2)
+
+        return self._each(written, new)
 
     @staticmethod
     def join(parts: "list[KV]") -> "KV":
         """Returns the slots of several caches one after the other."""
-        keys = jnp.concatenate([part.keys for part in parts], axis=2)
-        return KV(keys, jnp.concatenate([part.values for part in parts], axis=2))
+        return parts[0]._each(lambda *of_parts: jnp.concatenate(of_parts, axis=2), *parts[1:])
+
+    def to_host(self) -> "KV":
+        """Returns the cache in the memory of the host."""
+        return jax.device_put(self, jax.memory.Space.Host)
+
+    def to_device(self) -> "KV":
+        """Returns the cache in the memory of the device."""
+        return jax.device_put(self, jax.memory.Space.Device)
+
+    def _each(self, function: Callable[..., Array], *others: "KV") -> "KV":
+        """Applies a function to each array, and the same arrays of other caches."""
+        return jax.tree.map(function, self, *others)
+
+
+def _quantise(x: Float[Array, "B K S E"] | Int8Slots) -> Int8Slots:
+    if isinstance(x, Int8Slots):
+        return x
+    wide = x.astype(jnp.float32)
+    largest = jnp.abs(wide).max(-1)
+    scale = jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny)
+    return Int8Slots(jnp.round(wide / scale[..., None]).astype(jnp.int8), scale)
 
 
 @dataclass(frozen=True)

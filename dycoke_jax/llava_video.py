@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Literal, get_args, overload
 
+import numpy as np
 from jax.typing import DTypeLike
 
 from dycoke_jax import checks
 from dycoke_jax.checkpoint.chat_template import find_chat_template
 from dycoke_jax.checkpoint.opening import Checkpoint, check_vocabulary, open_checkpoint
-from dycoke_jax.checkpoint.tensors import weight_dtype
+from dycoke_jax.checkpoint.tensors import Storage, check_storage, weight_dtype
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.protocol import Compressor, check_compressor
 from dycoke_jax.config import LlavaConfig, PoolMode
@@ -27,6 +29,7 @@ from dycoke_jax.engine.requests import (
     Prepared,
     Request,
 )
+from dycoke_jax.engine.warm_up import WarmUp, layouts_of, warm_up
 from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
 from dycoke_jax.inputs.any_video import Video
 from dycoke_jax.inputs.chat_template import template_of
@@ -86,6 +89,8 @@ class LlavaVideo:
         name_or_path: str | PathLike[str],
         *,
         dtype: DTypeLike | None = None,
+        weights: Storage | None = None,
+        kv: Storage | None = None,
         pool_mode: PoolMode | None = None,
         progress: Progress | None = None,
     ) -> "LlavaVideo":
@@ -95,6 +100,10 @@ class LlavaVideo:
             name_or_path: a folder in the lmms-lab or the llava-hf layout, a folder that
                 ``dycoke-jax convert`` made, or a hub id ``org/name``, which is downloaded.
             dtype: dtype of weights and computation (float32, bfloat16, float16); None: as stored.
+            weights: ``int8`` stores the matrices of the language model as int8, with a scale for
+                each output channel; None: as they are in the checkpoint.
+            kv: ``int8`` stores keys and values as int8 while decoding, with a scale for each head
+                and token; None: in the dtype of the computation.
             pool_mode: pooling of frames in place of the configuration's. The published evaluation
                 of LLaVA-Video replaces it by ``average``.
             progress: called with the bytes of weights loaded after each tensor.
@@ -106,9 +115,11 @@ class LlavaVideo:
         checks.path("name_or_path", name_or_path)
         if pool_mode is not None:
             checks.choice("pool_mode", pool_mode, get_args(PoolMode))
-        _check_loading(dtype, progress)
+        _check_loading(dtype, weights, kv, progress)
         checkpoint = open_checkpoint(name_or_path, pool_mode=pool_mode)
-        return cls.from_checkpoint(checkpoint, dtype=dtype, progress=progress)
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, weights=weights, kv=kv, progress=progress
+        )
 
     @classmethod
     def from_checkpoint(
@@ -116,12 +127,14 @@ class LlavaVideo:
         checkpoint: Checkpoint,
         *,
         dtype: DTypeLike | None = None,
+        weights: Storage | None = None,
+        kv: Storage | None = None,
         progress: Progress | None = None,
     ) -> "LlavaVideo":
         """Loads the weights of a checkpoint that is open already; see ``from_pretrained``."""
-        _check_loading(dtype, progress)
+        _check_loading(dtype, weights, kv, progress)
         return cls(
-            checkpoint.load(dtype, progress),
+            replace(checkpoint.load(dtype, progress, weights), kv=kv),
             checkpoint.tokenizer,
             checkpoint.stop_ids,
             checkpoint.notes,
@@ -369,6 +382,58 @@ class LlavaVideo:
                 scored |= {one.index: like for one, like in zip(batch, of_batch, strict=True)}
         return [scored[index] for index in range(len(requests))]
 
+    def warm_up(
+        self,
+        *,
+        frames: Sequence[int],
+        batch: Sequence[int] = (1, 2, 4, 8),
+        question_tokens: Sequence[int] = (64,),
+        max_new_tokens: Sequence[int] = (128,),
+        compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
+        prompting: Prompting = Prompting(),  # noqa: B008 (frozen)
+        progress: Progress | None = None,
+    ) -> WarmUp:
+        """Compiles the programs of all combinations of given sizes, before requests need them.
+
+        Sizes are rounded up to few values, as those of requests are; each number stands for all
+        that are rounded up to the same. What ``score`` needs besides is not compiled.
+
+        Args:
+            frames: numbers of frames of clips; 0 for questions without a clip.
+            batch: numbers of requests that run together. ``generate`` also forms smaller batches
+                than ``batch_size``, of what is left over: the default is for its default of 8.
+            question_tokens: numbers of tokens of questions, the sentence about the times of the
+                frames included if there is one (``Prompting.time_text``).
+            max_new_tokens: as in ``Decoding``.
+            compression: as in ``generate``.
+            prompting: as in ``generate``; what is put around a question takes tokens too.
+            progress: called after each combination.
+
+        Returns:
+            How many programs were compiled, and how many were found in the compilation cache on
+            disk (see ``use_compilation_cache``).
+
+        Raises:
+            DycokeError: RequestError or ConfigError, naming the argument.
+        """
+        frames = _whole_numbers("frames", frames, 0)
+        batch = _whole_numbers("batch", batch, 1)
+        question_tokens = _whole_numbers("question_tokens", question_tokens, 1)
+        max_new_tokens = _whole_numbers("max_new_tokens", max_new_tokens, 1)
+        check_compressor(compression)
+        checks.instance("prompting", prompting, Prompting, error=RequestError)
+        checks.function("progress", progress, error=RequestError)
+        side = self.config.vision.image_size
+        clip = np.zeros((1, side, side, 3), np.uint8)
+        words = replace(prompting, time_text=False)  # an array has no times
+        shortest = self.prepare(Request("a", clip, prompting=words)).prompt
+        prompts = [
+            replace(shortest, after=shortest.after + (0,) * (tokens - 1))
+            for tokens in question_tokens
+        ]
+        layouts = layouts_of(self.config, prompts, frames, max_new_tokens, batch, compression)
+        return warm_up(self.model, layouts, progress)
+
     def prepare(self, request: Request, *, progress: Progress | None = None) -> Prepared:
         """Prepares a request for the device: reads its clip and encodes its prompt.
 
@@ -434,9 +499,22 @@ def _one_each(
     return videos, prompts
 
 
-def _check_loading(dtype: DTypeLike | None, progress: Progress | None) -> None:
+def _whole_numbers(name: str, values: Sequence[int], least: int) -> list[int]:
+    must = "it must be a list of whole numbers"
+    values = checks.sequence(name, values, must, error=RequestError)
+    return [checks.whole_number(name, value, least, error=RequestError) for value in values]
+
+
+def _check_loading(
+    dtype: DTypeLike | None,
+    weights: Storage | None,
+    kv: Storage | None,
+    progress: Progress | None,
+) -> None:
     try:
         weight_dtype(dtype)
+        check_storage("weights", weights)
+        check_storage("kv", kv)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     checks.function("progress", progress, error=RequestError)

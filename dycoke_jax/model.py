@@ -1,6 +1,7 @@
 """The model as one value: its weights, with what is static about them."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 from flax import nnx
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.llava import Llava, Params, dotted, split
+from dycoke_jax.models.quantisation import stored_weight
 
 _STATIC = {"static": True}
 
@@ -20,16 +22,20 @@ class Model:
     Only ``params`` is traced: programs are compiled for the other fields.
 
     Attributes:
-        params: weights by dotted path, in any float dtypes; further ones are ignored.
+        params: weights by dotted path, in any float dtypes, or int8 with scales (see
+            ``models.quantisation``); further ones are ignored.
         config: sizes and layout.
         dtype: name of the dtype of the computation; norms, softmax and logits are in float32.
         mesh: the devices that the weights are spread over; None for a single device.
+        kv: ``int8`` keeps the key/value caches as int8, with a scale for each head and slot; None
+            keeps them in the dtype of the computation.
     """
 
     params: Params
     config: LlavaConfig = field(metadata=_STATIC)
     dtype: str = field(default="float32", metadata=_STATIC)
     mesh: Mesh | None = field(default=None, metadata=_STATIC)
+    kv: Literal["int8"] | None = field(default=None, metadata=_STATIC)
 
     def bind(self) -> Llava:
         """Returns the network with these weights.
@@ -37,5 +43,7 @@ class Model:
         It is cheap and meant to be called inside jitted functions.
         """
         graphdef, leaves = split(self.config, self.dtype)
-        state = [(keys, leaf.replace(self.params[dotted(keys)])) for keys, leaf in leaves]
+        state = [
+            (keys, leaf.replace(stored_weight(self.params, dotted(keys)))) for keys, leaf in leaves
+        ]
         return nnx.merge(graphdef, nnx.from_flat_state(state))

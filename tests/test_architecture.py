@@ -21,7 +21,7 @@ FLOORS = (
     ("cli",),
     ("demo",),
     ("recipes",),
-    ("inspection", "evaluation", "training"),
+    ("bench", "inspection", "evaluation", "training"),
     ("llava_video",),
     ("engine", "tasks"),
     ("generation",),
@@ -29,7 +29,7 @@ FLOORS = (
     ("model",),
     ("models", "assets"),
     ("ops", "inputs"),
-    ("cache", "config", "files", "progress", "axes"),
+    ("cache", "compilation", "config", "files", "progress", "axes"),
     ("checks",),
     ("errors",),
 )

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,15 @@ from support.decoding import (
     step,
 )
 from support.reference import Qwen2, kept_of
+from support.tiny import tiny_model, video
 
-from dycoke_jax import DyCoke
+from dycoke_jax import Decoding, DyCoke
 from dycoke_jax.cache import Slots
 from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet
 from dycoke_jax.compression.protocol import Compression
 from dycoke_jax.compression.view import View
 from dycoke_jax.config import LlavaConfig, TextConfig
+from dycoke_jax.errors import ConfigError
 from dycoke_jax.generation.assemble import TextIds, Visual
 from dycoke_jax.generation.prefill import start
 from dycoke_jax.generation.state import take_token
@@ -178,6 +181,72 @@ def test_dropping_holds_no_second_copy_of_the_visual_cache():
     )  # two layers, keys, values
     assert sizes["drop"] == slot * (8 + slots.prefix + slots.question + slots.generated)
     assert sizes["device"] == sizes["drop"] + slot * 20
+
+
+def test_keys_and_values_that_wait_in_the_memory_of_the_host_change_no_bit():
+    model = random_model(1)
+    text, segment, slots, _ = ragged_prompts(model, 7, [(3, 5), (6, 2)], 20)
+    fed = np.random.default_rng(1).integers(0, 64, (6, 2))
+    results = {}
+    for parked in ("device", "host"):
+        pruning = DyCoke(layer=2, p=0.6, parked=parked).stages.cache
+        logits, refreshed, states = run_steps(model, text, segment, slots, pruning, fed)
+        of_all = [x for cache in states[-1].views[-1].memory.caches for x in cache]
+        kinds = {"device": "device", "host": "pinned_host"}
+        assert {x.sharding.memory_kind for x in of_all} == {kinds[parked]}
+        results[parked] = logits, refreshed, of_all
+    assert 0 < results["host"][1].sum() < results["host"][1].size, "some rows choose anew"
+    for one, other in zip(*map(jax.tree.leaves, results.values()), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_answers_are_the_same_where_keys_and_values_wait_in_the_memory_of_the_host():
+    """In the compiled loop, as a whole and in pieces, for rows of different clips and lengths."""
+    llava = tiny_model(layers=2)
+    asked = [video(0, 4), video(1, 3)], ["What?", "Why? " * 3]
+    decoding = [Decoding(30), Decoding(9, temperature=0.9, seed=3)]
+    answers = {
+        parked: llava.generate(
+            *asked, compression=DyCoke(layer=1, parked=parked), decoding=decoding
+        )
+        for parked in ("device", "host")
+    }
+    for one, other in zip(*answers.values(), strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.tokens == other.tokens
+    assert 1 < answers["host"][0].tokens.refreshes < 29
+    method = DyCoke(layer=1, parked="host")
+    pieces = [*llava.stream(*asked, compression=method, decoding=decoding)]
+    last = [piece.answer.token_ids for piece in pieces if piece.index == 0 and piece.answer]
+    assert len(pieces) > 4
+    assert last == [answers["device"][0].token_ids]
+
+
+def test_a_device_that_cannot_use_the_memory_of_its_host_is_refused(monkeypatch):
+    memories = [SimpleNamespace(kind="device"), SimpleNamespace(kind="unpinned_host")]
+
+    class Device:
+        def addressable_memories(self):
+            return memories
+
+        def __str__(self):
+            return "cpu:0"
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    config = random_model(0).config
+    DyCoke(layer=1).stages.check(config, 4)
+    with pytest.raises(ConfigError) as raised:
+        DyCoke(layer=1, parked="host").stages.check(config, 4)
+    assert str(raised.value) == (
+        "DyCoke: parked host needs memory of the kind pinned_host, which cpu:0 does not have "
+        "(it has device, unpinned_host); use parked device or drop"
+    )
+
+
+@pytest.mark.parametrize("parked", ["host", "drop"])
+def test_the_published_code_parks_nothing_elsewhere(parked):
+    with pytest.raises(ConfigError, match=f"parked {parked} needs mode paper"):
+        DyCoke(mode="official", parked=parked)
 
 
 def test_working_set_equals_a_masked_full_cache():

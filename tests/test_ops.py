@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.plain_attention import plain_attention
 
 from dycoke_jax.compression.protocol import Rows
 from dycoke_jax.generation.assemble import all_rows, newline_slots, place_newlines
@@ -21,20 +22,6 @@ LONG = pytest.param(4400, marks=pytest.mark.slow)  # more than MAX_STAGES blocks
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def plain_attention(q, k, v, seen):
-    """One head at a time; ``seen`` [B, T, S]."""
-    out = np.zeros_like(q)
-    for b, h in np.ndindex(q.shape[:2]):
-        j = h // (q.shape[1] // k.shape[1])
-        scores = q[b, h] @ k[b, j].T / np.sqrt(q.shape[-1])
-        scores = np.where(seen[b], scores, -np.inf)
-        with np.errstate(invalid="ignore"):
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            weights = np.nan_to_num(weights / weights.sum(-1, keepdims=True))
-        out[b, h] = weights @ v[b, j]
-    return out
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 700, LONG])

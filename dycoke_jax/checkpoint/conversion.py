@@ -18,12 +18,17 @@ from dycoke_jax.checkpoint.orbax_folder import write_orbax
 from dycoke_jax.checkpoint.report import warn_non_finite
 from dycoke_jax.checkpoint.safetensors_writer import write_safetensors
 from dycoke_jax.checkpoint.tensors import (
+    INT8,
+    Storage,
     Weights,
-    cast,
+    check_storage,
     is_finite,
+    prepare,
     weight_dtype,
 )
+from dycoke_jax.errors import CheckpointError
 from dycoke_jax.files import absent, copy_text, read_json_object, staged_folder
+from dycoke_jax.models.quantisation import scale_path
 from dycoke_jax.progress import BYTES, Progress
 
 _COMPANIONS = (
@@ -46,10 +51,12 @@ def convert(
     dst: str | Path,
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
+    weights: Storage | None = None,
 ) -> tuple[str, ...]:
     """Converts a checkpoint to a folder with an Orbax checkpoint.
 
-    The tensors are bit-identical to the source's unless ``dtype`` casts them. ``dst`` receives the
+    The tensors are bit-identical to the source's unless ``dtype`` casts them or ``weights``
+    quantises them. ``dst`` receives the
     source's ``config.json`` unchanged, the tokenizer and processor files, and ``params/``. Host
     memory holds a few tensors at a time, whatever the size of the model.
 
@@ -57,7 +64,9 @@ def convert(
         src: folder or hub id of a checkpoint, in any layout.
         dst: a folder that does not exist yet; it is created once everything is written.
         dtype: float32, float16 or bfloat16; None leaves the dtype of each tensor unchanged.
+            Matrices that are int8 in the source stay int8.
         progress: called after each tensor; counts bytes as stored in the source.
+        weights: ``int8`` quantises the matrices of the language model; None leaves them as stored.
 
     Returns:
         The notes on ``src`` (see ``Folder.notes``).
@@ -71,15 +80,16 @@ def convert(
         CheckpointWarning: once, naming the tensors that hold NaN or infinity.
     """
     destination, wanted = absent(dst), weight_dtype(dtype)
+    check_storage("weights", weights)
     source = open_folder(src)
-    weights = source.weights()
+    stored = source.weights()
     not_finite: list[str] = []
     with staged_folder(destination) as target:
         copy_companions(source.path, target)
         copy_text(source.path / CONFIG, target / CONFIG)
-        paths = [*weights.params, *weights.carried]
-        tensors = _prepared(weights, paths, wanted, progress, not_finite)
-        write_orbax(target, tensors, set(weights.params))
+        paths = [*stored.params, *stored.carried]
+        tensors = _prepared(stored, paths, wanted, progress, not_finite, weights)
+        write_orbax(target, tensors, {*stored.params, *map(scale_path, stored.params)})
     warn_non_finite(source.path, not_finite)
     return source.notes
 
@@ -111,7 +121,7 @@ def export(
 
     Raises:
         CheckpointError: if ``dst`` exists or cannot be written, or with a list of all problems of
-            ``src``.
+            ``src``, or if its weights are int8.
         ConfigError: if the model is not supported.
 
     Warns:
@@ -122,6 +132,11 @@ def export(
     source_config = read_json_object(source.path / CONFIG)
     is_llava_hf = source_config["model_type"] == "llava_onevision"
     weights = with_post_norm(source.weights())
+    if any(info.dtype == INT8 for info in weights.params.values()):
+        raise CheckpointError(
+            f"{source.path} has int8 weights, which the llava-hf layout cannot hold; export the "
+            "checkpoint that it was converted from"
+        )
     if not is_llava_hf:
         # The generated configuration describes neither the pooling head nor the blocks not run.
         weights = replace(weights, carried={path: weights.carried[path] for path in POST_NORM})
@@ -156,19 +171,22 @@ def _prepared(
     dtype: np.dtype | None,
     progress: Progress | None,
     not_finite: list[str],
+    storage: Storage | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields cast tensors and their paths; appends paths with NaN or infinity to ``not_finite``.
+    """Yields tensors ready to be written, and their paths (see ``tensors.prepare``).
+
+    Appends the paths of tensors with NaN or infinity to ``not_finite``.
 
     ``progress`` is called for a tensor once the consumer asks for the next one.
     """
     infos = {**weights.params, **weights.carried}
     total, done = sum(infos[path].nbytes for path in paths), 0
     for path, array in weights.stream(paths):
-        array = cast(array, dtype)
-        if not is_finite(array):
-            not_finite.append(path)
-        yield path, array
-        del array  # Free it before the next is read: it may be the largest of the model.
+        for name, ready in prepare(path, array, dtype, storage):
+            if not is_finite(ready):
+                not_finite.append(path)
+            yield name, ready
+        del array, ready  # Free it before the next is read: it may be the largest of the model.
         done += infos[path].nbytes
         if progress:
             progress("converting" + BYTES, done, total)

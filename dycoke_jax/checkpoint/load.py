@@ -1,16 +1,25 @@
 """Loads the parameters of a model onto the device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from dycoke_jax.checkpoint.folder import Folder
 from dycoke_jax.checkpoint.orbax_folder import restore_params
 from dycoke_jax.checkpoint.report import warn_non_finite
-from dycoke_jax.checkpoint.tensors import Weights, cast, weight_dtype
+from dycoke_jax.checkpoint.tensors import (
+    Storage,
+    Weights,
+    check_storage,
+    prepare,
+    target_dtype,
+    weight_dtype,
+)
+from dycoke_jax.models.quantisation import matrix_path
 from dycoke_jax.progress import BYTES, Progress
 
 
@@ -18,6 +27,7 @@ def load_params(
     folder: Folder,
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
+    weights: Storage | None = None,
 ) -> dict[str, jax.Array]:
     """Loads a checkpoint's parameters onto JAX's default device.
 
@@ -25,12 +35,15 @@ def load_params(
 
     Args:
         folder: the opened folder of the checkpoint, of either kind.
-        dtype: float32, float16 or bfloat16; None leaves each tensor in its stored dtype.
+        dtype: float32, float16 or bfloat16; None leaves each tensor in its stored dtype. Matrices
+            that are stored as int8, and their scales, stay what they are.
         progress: called after each tensor; counts bytes as stored.
+        weights: ``int8`` quantises the matrices of the language model; None leaves them as stored.
 
     Returns:
         A dictionary from dotted path to array with exactly the paths of
-        ``abstract_params(folder.config)``. Tensors that the model does not use are not loaded.
+        ``abstract_params(folder.config)``, and those of the scales of int8 matrices. Tensors that
+        the model does not use are not loaded.
 
     Raises:
         CheckpointError: with a list of all problems of the checkpoint.
@@ -39,35 +52,42 @@ def load_params(
         CheckpointWarning: once, naming the tensors that hold NaN or infinity.
     """
     wanted = weight_dtype(dtype)
-    weights = folder.weights()
-    # Everything goes to one device; with a mesh, each path would get its own sharding here.
-    default = jnp.zeros(()).sharding
-    targets = {
-        path: jax.ShapeDtypeStruct(info.shape, wanted or info.dtype, sharding=default)
-        for path, info in weights.params.items()
-    }
+    check_storage("weights", weights)
+    stored = folder.weights()
     params: dict[str, jax.Array] = {}
-    total, done = sum(info.nbytes for info in weights.params.values()), 0
-    for path, array in _arrays(folder, weights, targets):
+    total, done = sum(info.nbytes for info in stored.params.values()), 0
+    for path, array in _arrays(folder, stored, wanted, weights):
         params[path] = array
-        done += weights.params[path].nbytes
+        # Scales that are made here are no part of the stored bytes.
+        done += stored.params[path].nbytes if path in stored.params else 0
         if progress:
             progress("loading weights" + BYTES, done, total)
     finite = jax.device_get({path: _all_finite(array) for path, array in params.items()})
-    warn_non_finite(folder.path, [path for path in params if not finite[path]])
+    not_finite = [matrix_path(path) for path in params if not finite[path]]
+    warn_non_finite(folder.path, not_finite)
     return params
 
 
 def _arrays(
-    folder: Folder, weights: Weights, targets: Mapping[str, jax.ShapeDtypeStruct]
+    folder: Folder, stored: Weights, dtype: np.dtype | None, weights: Storage | None
 ) -> Iterator[tuple[str, jax.Array]]:
-    if folder.kind == "orbax":
-        yield from restore_params(folder.path, weights.params, targets)
+    if folder.kind == "orbax" and weights is None:
+        targets = {
+            path: jax.ShapeDtypeStruct(
+                info.shape, target_dtype(path, info.dtype, dtype), sharding=_sharding()
+            )
+            for path, info in stored.params.items()
+        }
+        yield from restore_params(folder.path, stored.params, targets)
         return
-    for path, array in weights.stream(targets):
-        target = targets[path]
-        assert isinstance(target.sharding, Sharding)
-        yield path, jax.device_put(cast(array, target.dtype), target.sharding)
+    for path, array in stored.stream(stored.params):
+        for name, ready in prepare(path, array, dtype, weights):
+            yield name, jax.device_put(ready, _sharding())
+
+
+def _sharding() -> Sharding:
+    """Everything goes to one device; with a mesh, each path would get its own sharding here."""
+    return jnp.zeros(()).sharding
 
 
 @jax.jit

@@ -10,6 +10,7 @@ from dycoke_jax.checkpoint.end_ids import read_end_ids
 from dycoke_jax.checkpoint.folder import Folder, open_folder
 from dycoke_jax.checkpoint.load import load_params
 from dycoke_jax.checkpoint.processor import check_processor
+from dycoke_jax.checkpoint.tensors import INT8, Storage
 from dycoke_jax.checkpoint.tokenizer import load_tokenizer
 from dycoke_jax.config import LlavaConfig, PoolMode
 from dycoke_jax.errors import CheckpointError
@@ -40,17 +41,26 @@ class Checkpoint:
         """The model's configuration."""
         return self.folder.config
 
-    def load(self, dtype: DTypeLike | None = None, progress: Progress | None = None) -> Model:
+    def load(
+        self,
+        dtype: DTypeLike | None = None,
+        progress: Progress | None = None,
+        weights: Storage | None = None,
+    ) -> Model:
         """Loads the model onto JAX's default device, as ``load_params`` does.
 
         Args:
             dtype: float32, float16 or bfloat16, of weights and computation. None leaves each tensor
-                in its stored dtype, and computes in that of the token embedding.
+                in its stored dtype, and computes in that of the token embedding, or of the final
+                norm where the embedding is int8.
             progress: called after each tensor; counts bytes as stored.
+            weights: as in ``load_params``.
         """
-        params = load_params(self.folder, dtype, progress)
+        params = load_params(self.folder, dtype, progress, weights)
         # The only place where a dtype is read off a weight: nothing else says what was stored.
         stored = params["language_model.embed_tokens.weight"].dtype
+        if stored == INT8:
+            stored = params["language_model.norm.weight"].dtype
         return Model(params, self.config, jnp.dtype(dtype or stored).name)
 
 

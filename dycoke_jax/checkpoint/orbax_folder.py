@@ -10,10 +10,11 @@ from orbax.checkpoint import v1 as ocp
 
 from dycoke_jax.checkpoint import names
 from dycoke_jax.checkpoint.report import Report
-from dycoke_jax.checkpoint.tensors import DTYPES, TensorInfo, Weights, check_tree
+from dycoke_jax.checkpoint.tensors import DTYPES, INT8, TensorInfo, Weights, check_tree
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import CheckpointError
 from dycoke_jax.models.llava import abstract_params
+from dycoke_jax.models.quantisation import can_be_int8, scale_path
 
 PARAMS = "params"
 """Name of the folder of the Orbax checkpoint, and of the subtree with the model's parameters."""
@@ -75,6 +76,9 @@ def orbax_weights(folder: Path, config: LlavaConfig) -> Weights:
     tree = _tree(folder / PARAMS)
     expected = {path: leaf.shape for path, leaf in abstract_params(config).items()}
     params, carried = tree.get(PARAMS, {}), tree.get(_CARRIED, {})
+    int8 = [path for path, info in params.items() if info.dtype == INT8 and can_be_int8(path)]
+    scales = {scale_path(path): expected[path][:1] for path in int8 if path in expected}
+    expected |= scales
     report = Report()
     for path in params:
         if path not in expected:
@@ -83,7 +87,8 @@ def orbax_weights(folder: Path, config: LlavaConfig) -> Weights:
         if not names.is_carried(path, config.vision.num_layers):
             report.add("unknown", f"{path} (among the carried tensors)")
     for path, info in (params | carried).items():
-        if info.dtype not in DTYPES.values():
+        allowed = [DTYPES["F32"]] if path in scales else DTYPES.values()
+        if info.dtype not in allowed and path not in int8:
             report.add("wrong dtype", f"{path} is {info.dtype}")
     check_tree(params, expected, (), report)
     report.raise_if_any(folder)

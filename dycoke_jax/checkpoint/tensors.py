@@ -3,13 +3,20 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal, get_args
 
 import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
 from dycoke_jax.checkpoint.report import Report
+from dycoke_jax.checks import shown
 from dycoke_jax.errors import CheckpointError
+from dycoke_jax.models.quantisation import can_be_int8, matrix_path, quantised
+
+Storage = Literal["int8"]
+"""How weights or key/value caches can be stored, other than in a float dtype."""
+INT8 = np.dtype(np.int8)
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -38,7 +45,7 @@ class Weights:
 
     Attributes:
         params: shape and dtype of the model's parameters, by path; exactly those of the
-            configuration.
+            configuration, and the scales of those that are int8.
         carried: shape and dtype of stored tensors that the model does not run but the llava-hf
             layout has, by path (see ``names.is_carried``).
         stream: yields path and data of the tensors at the given paths, in the given order, with
@@ -69,6 +76,16 @@ def weight_dtype(dtype: DTypeLike | None) -> np.dtype | None:
     raise CheckpointError(f"weights cannot be {name}; dtype must be float32, float16 or bfloat16")
 
 
+def check_storage(name: str, value: Storage | None) -> None:
+    """Checks how something is to be stored; None leaves it as it is.
+
+    Raises:
+        CheckpointError: if it is neither int8 nor None.
+    """
+    if value is not None and not (isinstance(value, str) and value in get_args(Storage)):
+        raise CheckpointError(f"{name} is {shown(value)}; it must be int8 or None")
+
+
 def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     """Casts an array, rounding to nearest even.
 
@@ -77,6 +94,33 @@ def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     # A value too large for float16 becomes infinity; the callers warn of such tensors by name.
     with np.errstate(over="ignore", invalid="ignore"):
         return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def target_dtype(path: str, stored: np.dtype, dtype: np.dtype | None) -> np.dtype:
+    """The dtype that a stored tensor gets where ``dtype`` is asked for.
+
+    Matrices that are stored as int8, and the scales of such, stay what they are.
+    """
+    fixed = stored == INT8 or path != matrix_path(path)
+    return stored if fixed or dtype is None else dtype
+
+
+def prepare(
+    path: str, array: np.ndarray, dtype: np.dtype | None, weights: Storage | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields a tensor as it is to be stored: cast, or quantised and followed by its scales.
+
+    Args:
+        path: path of the tensor.
+        array: the tensor as it was stored.
+        dtype: float dtype to cast it to; None: that of ``array``.
+        weights: ``int8`` to quantise it if it is a matrix of the language model.
+    """
+    if weights == "int8" and can_be_int8(path):
+        # Quantised as stored: casting first would round twice.
+        yield from quantised([(path, array)])
+    else:
+        yield path, cast(array, target_dtype(path, array.dtype, dtype))
 
 
 _EXPONENT: dict[np.dtype, np.unsignedinteger] = {
@@ -92,6 +136,8 @@ def is_finite(array: np.ndarray) -> bool:
     # NaN and infinity have every exponent bit set. Testing the bits in chunks that fit into the
     # processor's cache is ten times as fast as np.isfinite for 16-bit floats, and needs no
     # temporary array of the tensor's size.
+    if array.dtype == INT8:
+        return True
     mask = _EXPONENT[array.dtype]
     bits = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
     return not any(

@@ -15,6 +15,7 @@ from dycoke_jax import __version__
 
 COMMANDS = {
     "generate": ("asking", "Answer a question about a video."),
+    "warmup": ("warm_up", "Compile the programs for given sizes, ahead of the first question."),
     "demo": ("asking", "Compare answers, token counts and times with and without compression."),
     "convert": ("checkpoints", "Convert a checkpoint to another layout."),
     "init": ("checkpoints", "Write a checkpoint with random weights, in the llava-hf layout."),
@@ -27,11 +28,18 @@ COMMANDS = {
         "learning",
         "Measure accuracy on made-up clips, by kind of question and compression setting.",
     ),
+    "bench": (
+        "bench",
+        "Measure time and memory of each stage, by batch size, frames and compression.",
+    ),
 }
 """By the name of each command, the module of this package that has it, and its help in one line."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-"""Dtypes that weights can be stored in."""
+"""Float dtypes that weights can be stored in."""
+
+Storage = Literal["int8"]
+"""How weights and key/value caches can be stored besides."""
 
 
 def new_app(**settings: Any) -> typer.Typer:

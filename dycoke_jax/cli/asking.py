@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, new_app
+from dycoke_jax.cli.app import Dtype, Storage, new_app
+from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import FORM, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
@@ -41,6 +42,7 @@ Compress = Annotated[
     epilog="Example: `dycoke-jax generate --model ov-0.5b --video clip.mp4 "
     '--prompt "What happens?"`'
 )
+@compiles
 @with_settings
 def generate(
     *,
@@ -75,6 +77,22 @@ def generate(
             rich_help_panel=_PROMPT,
         ),
     ] = None,
+    weights: Annotated[
+        Storage | None,
+        typer.Option(
+            help="int8: one byte for each weight in the language model's matrices. Default: as "
+            "stored.",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = None,
+    kv: Annotated[
+        Storage | None,
+        typer.Option(
+            help="int8: one byte for each number in the key/value caches. Default: that of the "
+            "computation.",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = None,
     allow_damaged: Annotated[
         bool,
         typer.Option(
@@ -104,7 +122,9 @@ def generate(
     if compression is not None and video is not None and sampling.fps is None:
         compression.stages.check(checkpoint.config, sampling.frames)
     with progress_bars() as progress:
-        llava = LlavaVideo.from_checkpoint(checkpoint, dtype=dtype, progress=progress)
+        llava = LlavaVideo.from_checkpoint(
+            checkpoint, dtype=dtype, weights=weights, kv=kv, progress=progress
+        )
         pieces = llava.stream(
             [video],
             [prompt],
@@ -146,6 +166,7 @@ def generate(
     epilog="Examples: `dycoke-jax demo`; `dycoke-jax demo --model ov-0.5b --video clip.mp4 "
     '--prompt "What happens?"`'
 )
+@compiles
 @with_settings
 def demo(
     *,

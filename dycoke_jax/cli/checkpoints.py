@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, new_app
+from dycoke_jax.cli.app import Dtype, Storage, new_app
 from dycoke_jax.cli.console import progress_bars, say, say_notes
 from dycoke_jax.config import PRESETS
 from dycoke_jax.errors import ConfigError
@@ -32,16 +32,29 @@ def convert(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the written weights. Default: as stored.")
     ] = None,
+    weights: Annotated[
+        Storage | None,
+        typer.Option(
+            help="int8: write the matrices of the language model as int8, with a scale for each "
+            "output channel (--to orbax only). Default: as stored."
+        ),
+    ] = None,
 ) -> None:
     """Convert a checkpoint to another layout.
 
-    The weights stay the same bit for bit unless --dtype is given.
+    The weights stay the same bit for bit unless --dtype or --weights is given.
     """
     from dycoke_jax import checkpoint
 
-    write = checkpoint.convert if to == "orbax" else checkpoint.export
+    if to == "llava-hf" and weights is not None:
+        raise ConfigError("the layout llava-hf has no int8 weights; use --to orbax")
     with progress_bars() as progress:
-        notes = write(source, destination, dtype=dtype, progress=progress)
+        if to == "orbax":
+            notes = checkpoint.convert(
+                source, destination, dtype=dtype, weights=weights, progress=progress
+            )
+        else:
+            notes = checkpoint.export(source, destination, dtype=dtype, progress=progress)
     say_notes(notes)
     say(f"wrote {destination}")
 

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from dycoke_jax.cli.app import new_app
+from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import FORM
 from dycoke_jax.cli.console import progress_bars, say, say_notes
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
@@ -33,6 +34,7 @@ _TINY_INTERVALS = Intervals(evaluate_every=100, save_every=50)
 @app.command(
     epilog="Example: `dycoke-jax train run --model ov-0.5b --data records.jsonl --steps 1000`"
 )
+@compiles
 @with_settings
 def train(
     *,
@@ -87,6 +89,7 @@ def train(
     "train-tiny",
     epilog="Example: `dycoke-jax train-tiny tiny-run`, which takes two hours on two CPU cores.",
 )
+@compiles
 @with_settings
 def make_tiny(
     *,
@@ -111,6 +114,7 @@ def make_tiny(
     "eval",
     epilog="Example: `dycoke-jax eval results.json --settings all --clips 200 --plot results.png`",
 )
+@compiles
 @with_settings
 def evaluate(
     *,

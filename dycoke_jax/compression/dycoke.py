@@ -9,7 +9,7 @@ from dycoke_jax.compression.protocol import CacheStage, Compression
 from dycoke_jax.compression.ttm import Mode, TokenMerging
 from dycoke_jax.errors import ConfigError
 
-Parked = Literal["device", "drop"]
+Parked = Literal["device", "host", "drop"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ class DyCoke:
         mode: ``paper``: as the text of the paper describes it. ``official``: as the published code
             computes it.
         parked: where keys and values that are not chosen are kept. ``device``: in device memory, so
-            that they can be chosen later. ``drop``: nowhere; the prompt's last token chooses once,
-            and their memory is free while decoding (mode ``paper`` only; not part of the paper).
+            that they can be chosen later. ``host``: in the host's memory, from where all of them
+            are copied to the device, a layer at a time, whenever tokens are chosen anew; where the
+            device has a memory of its own, that is free while decoding. ``drop``: nowhere; the
+            prompt's last token chooses once, and their memory is free while decoding (not part of
+            the paper). ``host`` and ``drop`` work in mode ``paper`` only.
 
     Raises:
         ConfigError: naming the setting and its range.
@@ -66,9 +69,11 @@ class DyCoke:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if self.parked == "drop" and self.mode == "official":
+        if self.parked != "device" and self.mode == "official":
+            does = "drops" if self.parked == "drop" else "moves"
             raise ConfigError(
-                "DyCoke: the published code drops no keys and values; parked drop needs mode paper"
+                f"DyCoke: the published code {does} no keys and values; parked {self.parked} needs "
+                "mode paper"
             )
 
     @property
@@ -85,7 +90,7 @@ class DyCoke:
             return MaskedCache(self.layer, self.p, self.threshold)
         if self.parked == "drop":
             return OneShot(self.layer, self.p)
-        return WorkingSet(self.layer, self.p, self.threshold)
+        return WorkingSet(self.layer, self.p, self.threshold, on_host=self.parked == "host")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from dycoke_jax.compression.budget import kept_of, lookup
 from dycoke_jax.compression.protocol import Compression, check_layer
 from dycoke_jax.compression.view import View
 from dycoke_jax.config import LlavaConfig
+from dycoke_jax.errors import ConfigError
 
 
 class Parked(NamedTuple):
@@ -57,11 +58,13 @@ class WorkingSet:
         layer: first layer that attends to the working set.
         p: share of the visual tokens that is not chosen, in [0, 1).
         threshold: similarity below which a row chooses anew, in (0, 1].
+        on_host: whether what is parked is kept in the host's memory.
     """
 
     layer: int
     p: float
     threshold: float
+    on_host: bool = False
 
     @property
     def stages(self) -> Compression:
@@ -69,15 +72,20 @@ class WorkingSet:
         return Compression(cache=self)
 
     def check(self, config: LlavaConfig, frames: int) -> None:
-        """Refuses a layer that the model does not have."""
+        """Refuses a layer that the model does not have, and a memory that the device cannot use."""
         check_layer("DyCoke", self.layer, config)
+        if self.on_host:
+            _check_host_memory()
 
     def start(self, view: View, slots: Slots, scores: Float[Array, "B visual"]) -> View:
         """Parks the visual slots, and makes working sets whose chosen part is still empty."""
         visual, batch = slots.visual_range, view.visible.shape[0]
         chosen = jnp.zeros((batch, kept_of(slots.tokens, self.p) + slots.newlines), jnp.int32)
+        waiting = [cache.part(visual.start, visual.stop) for cache in view.caches]
+        if self.on_host:
+            waiting = [cache.to_host() for cache in waiting]
         parked = Parked(
-            caches=[cache.part(visual.start, visual.stop) for cache in view.caches],
+            caches=waiting,
             valid=view.visible[:, visual],
             is_token=view.is_token[:, visual],
             places=view.places[:, visual],
@@ -102,10 +110,14 @@ class WorkingSet:
 
         def refill(working: list[KV]) -> list[KV]:
             # Rows that were not refreshed get what they have: their chosen set is the old one.
-            return [
-                cache.write(of_all.take(chosen), 0)
-                for cache, of_all in zip(working, parked.caches, strict=True)
-            ]
+            filled: list[KV] = []
+            for cache, of_all in zip(working, parked.caches, strict=True):
+                if self.on_host:
+                    # After the layer before, so that the device holds a single layer at a time.
+                    of_all, filled = jax.lax.optimization_barrier((of_all, filled))
+                    of_all = of_all.to_device()
+                filled.append(cache.write(of_all.take(chosen), 0))
+            return filled
 
         caches = jax.lax.cond(refreshed.any(), refill, lambda working: working, view.caches)
 
@@ -234,6 +246,21 @@ class MaskedCache:
             visible=view.visible.at[:, visual].set(memory.valid & chosen),
             refreshed=refreshed & active,
             memory=memory._replace(scores=scores, similarity=similarity),
+        )
+
+
+def _check_host_memory() -> None:
+    """Refuses a device whose programs cannot use the memory of its host.
+
+    Raises:
+        ConfigError: with the kinds of memory that there are.
+    """
+    device = jax.local_devices()[0]
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if "pinned_host" not in kinds:
+        raise ConfigError(
+            f"DyCoke: parked host needs memory of the kind pinned_host, which {device} does not "
+            f"have (it has {', '.join(kinds)}); use parked device or drop"
         )
 
 

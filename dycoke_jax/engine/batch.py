@@ -196,11 +196,21 @@ def _lay_out(
 ) -> tuple[Layout, TextIds]:
     """Returns the layout of a batch and the token ids of its prompts."""
     layout = layout_of(config, requests, bucket(len(requests), 1), compression)
+    return layout, _text(requests, layout)
+
+
+def _text(requests: Sequence[Prepared], layout: Layout) -> TextIds:
+    """Token ids of prompts in the slots of a layout."""
     before = [request.prompt.before for request in requests]
     after = [request.prompt.after for request in requests]
     prefix = _pad(before, layout.rows, layout.slots.prefix)
     question = _pad(after, layout.rows, layout.slots.question)
-    return layout, TextIds(*map(jnp.asarray, (*prefix, *question)))
+    return TextIds(*map(jnp.asarray, (*prefix, *question)))
+
+
+def empty_batch(layout: Layout) -> tuple[TextIds, Sampling, Limits]:
+    """What the programs of a layout are given besides the clips, in a batch without requests."""
+    return _text([], layout), _sampling([], layout.rows), _limits([], layout.rows, ())
 
 
 def _ask(state: DecodeState) -> tuple[int, bool]:

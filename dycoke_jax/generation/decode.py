@@ -49,7 +49,16 @@ def decode(
         logits, state = decode_step(network, state, layout)
         return take_token(state, sample(logits, sampling, state.step), limits)
 
-    return jax.lax.while_loop(more, body, state)
+    return jax.tree.map(_stay, jax.lax.while_loop(more, body, state))
+
+
+def _stay(x: Array) -> Array:
+    """Says of an output that waits in the host's memory that it stays there.
+
+    XLA for TPU refuses a program that returns such an array without saying so.
+    """
+    space = jax.typeof(x).memory_space
+    return jax.device_put(x, space) if space == jax.memory.Space.Host else x
 
 
 def decode_step(

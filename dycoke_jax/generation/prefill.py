@@ -69,7 +69,7 @@ def begin(
                 rows = layout.tokens.select(tokens, frames, signals)
         newline = network.image_newline[...]
         visual = place_newlines(tokens, rows, newline, config.newline, config.frame_grid)
-    read = read_prompt(network, visual, text, layout)
+    read = read_prompt(network, visual, text, layout, int8_kv=model.kv == "int8")
     state = jnp.take_along_axis(read.states, read.last[:, None, None], axis=1)[:, 0]
     logits = network.logits(network.language_model.norm(state))
     return logits, start(visual, text, read.views, limits, layout.slots.generated)
@@ -97,8 +97,19 @@ class PromptRead(NamedTuple):
     """What each group of layers sees, with room for the generated tokens."""
 
 
-def read_prompt(network: Llava, visual: Visual, text: TextIds, layout: Layout) -> PromptRead:
-    """Runs the language model over all slots of the prompts."""
+def read_prompt(
+    network: Llava, visual: Visual, text: TextIds, layout: Layout, *, int8_kv: bool = False
+) -> PromptRead:
+    """Runs the language model over all slots of the prompts.
+
+    Args:
+        network: the network with its weights.
+        visual: the visual slots.
+        text: as given to ``prefill``.
+        layout: as given to ``prefill``.
+        int8_kv: whether the caches are left as int8. The prompts themselves are read with the keys
+            and values as computed.
+    """
     language, generated = network.language_model, layout.slots.generated
     x, sequence = _assemble(network, visual, text)
     views = []
@@ -111,6 +122,8 @@ def read_prompt(network: Llava, visual: Visual, text: TextIds, layout: Layout) -
         x, caches, inputs = walk_prompt(
             language, x, sequence.positions, sequence.valid, group.first, group.stop
         )
+        if int8_kv:
+            caches = [cache.int8() for cache in caches]
         view = View(
             caches=[cache.pad(generated) for cache in caches],
             visible=jnp.pad(sequence.valid, ((0, 0), (0, generated))),

@@ -27,7 +27,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         """Computes x @ weight.T + bias in the dtype of x, float32 in full precision."""
-        out = matmul(x, self.weight[...])
+        out = matmul(x, self.weight.get_value())
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 

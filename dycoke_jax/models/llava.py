@@ -66,7 +66,7 @@ class Llava(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Next-token logits in float32 of states after the final norm."""
         head = self.lm_head or self.language_model.embed_tokens
-        return matmul(x, head.weight[...], jnp.float32)
+        return matmul(x, head.weight.get_value(), jnp.float32)
 
 
 class Projector(nnx.Module):

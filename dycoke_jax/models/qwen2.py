@@ -14,6 +14,7 @@ from dycoke_jax.cache import KV
 from dycoke_jax.config import TextConfig
 from dycoke_jax.models.layers import Linear, RMSNorm, parameter
 from dycoke_jax.ops.attention import attention, decode_attention
+from dycoke_jax.ops.matmul import take_rows
 from dycoke_jax.ops.rope import rotate, rotations
 
 Rope = tuple[Float[Array, "B 1 T E"], Float[Array, "B 1 T E"]]
@@ -42,7 +43,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of token ids, each of which must lie in the vocabulary, in ``dtype``."""
-        return self.weight[...][ids].astype(self.dtype)
+        return take_rows(self.weight.get_value(), ids, self.dtype)
 
 
 class Qwen2Layer(nnx.Module):

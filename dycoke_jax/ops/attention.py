@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dycoke_jax.cache import Int8Slots
+from dycoke_jax.ops.kernels import cudnn_attention, splash_attention
+
 _MASKED = -1e30  # finite, so that a row without any key gives zeros and not NaN
 
 QUERY_BLOCK = 256
@@ -24,16 +27,17 @@ def attention(
 ) -> Float[Array, "B H T E"]:
     """Softmax attention of T queries over T keys, in memory linear in T.
 
-    Blocks of queries are computed one after another, so that no T x T matrix exists. With causal
-    attention a stage of blocks reads only the keys up to its own end. Up to 4,096 tokens a stage is
-    a single block, and nothing above the diagonal is computed; in longer prompts at most the width
-    of one stage above the diagonal is. Softmax is in float32.
+    The program's platform decides who computes it: on TPUs splash attention for bfloat16, on NVIDIA
+    GPUs cuDNN for bfloat16 and float16, and ``blockwise_attention`` for all else. That is float32,
+    which is exact everywhere and which the kernels are not made for, and parts, which they cannot
+    express. Softmax is in float32.
 
     Args:
         q: queries, of any float dtype; query head h reads key/value head ``h // (H // K)``.
         k: keys, of the dtype of ``q``.
         v: values, of the dtype of ``q``.
-        valid: keys that may be attended to; None: all. A query without such a key gives zeros.
+        valid: slots that hold a token; None: all. Keys in other slots are never attended to, and
+            what queries in other slots get is finite but not specified.
         causal: whether query t attends to keys 0..t only.
         parts: part of each slot, for independent continuations of one beginning. Keys of part 0 are
             visible to all queries, those of another part to queries of the same part only. None:
@@ -41,6 +45,63 @@ def attention(
 
     Returns:
         The attended values, in the dtype of ``v``.
+    """
+    if parts is not None or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return blockwise_attention(q, k, v, valid, causal=causal, parts=parts)
+    return _by_platform(q, k, v, valid, causal=causal)
+
+
+# Every platform's form is traced and all but one are left out. Under jit that happens once for all
+# layers of a model, not in each.
+@jax.jit(static_argnames="causal")
+def _by_platform(
+    q: Float[Array, "B H T E"],
+    k: Float[Array, "B K T E"],
+    v: Float[Array, "B K T E"],
+    valid: Bool[Array, "B T"] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "B H T E"]:
+    kernels = {"cuda": partial(_cudnn_or_blockwise, causal=causal)}
+    if q.dtype == jnp.bfloat16:
+        kernels["tpu"] = partial(splash_attention, causal=causal)
+    default = partial(blockwise_attention, causal=causal)
+    return jax.lax.platform_dependent(q, k, v, valid, **kernels, default=default)
+
+
+def _cudnn_or_blockwise(
+    q: Float[Array, "B H T E"],
+    k: Float[Array, "B K T E"],
+    v: Float[Array, "B K T E"],
+    valid: Bool[Array, "B T"] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "B H T E"]:
+    try:
+        return cudnn_attention(q, k, v, valid, causal=causal)
+    except RuntimeError:
+        # jax looks for cuDNN while it traces, on machines without a GPU too, where this is traced
+        # with the other platforms' forms and then left out.
+        return blockwise_attention(q, k, v, valid, causal=causal)
+
+
+def blockwise_attention(
+    q: Float[Array, "B H T E"],
+    k: Float[Array, "B K T E"],
+    v: Float[Array, "B K T E"],
+    valid: Bool[Array, "B T"] | None = None,
+    *,
+    causal: bool,
+    parts: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B H T E"]:
+    """Attention in plain operations, for any platform and dtype; float32 in full precision.
+
+    Blocks of queries are computed one after another, so that no T x T matrix exists. With causal
+    attention a stage of blocks reads only the keys up to its own end. Up to 4,096 tokens a stage is
+    a single block, and nothing above the diagonal is computed; in longer prompts at most the width
+    of one stage above the diagonal is. Softmax is in float32.
+
+    Arguments and result are those of ``attention``. Queries without any key get zeros.
     """
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
@@ -139,47 +200,62 @@ def received_attention(
 
 def decode_attention(
     q: Float[Array, "B H 1 E"],
-    k: Float[Array, "B K S E"],
-    v: Float[Array, "B K S E"],
+    k: Float[Array, "B K S E"] | Int8Slots,
+    v: Float[Array, "B K S E"] | Int8Slots,
     visible: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B H 1 E"], Float[Array, "B H S"]]:
     """Softmax attention of one query a row over the slots of a cache.
 
     Args:
         q: the query of each row; query head h reads key/value head ``h // (H // K)``.
-        k: keys of the cache.
+        k: keys of the cache. The scales of int8 keys multiply the scores, and those of int8 values
+            the weights, so that neither is needed in another dtype.
         v: values of the cache.
         visible: slots that the query may attend to.
 
     Returns:
-        The attended values in the dtype of ``v``, and the softmax weights in float32. The compiler
+        The attended values in the dtype of ``q``, and the softmax weights in float32. The compiler
         drops the weights where nothing reads them.
     """
     weights = attention_weights(q, k, visible[:, None])
-    grouped = weights.astype(v.dtype).reshape(*k.shape[:2], -1, k.shape[2])
-    out = jnp.einsum("BKGS,BKSE->BKGE", grouped, v, precision="highest")
+    v, scale = v if isinstance(v, Int8Slots) else (v, None)
+    grouped = weights.reshape(*v.shape[:2], -1, v.shape[2])
+    if scale is not None:
+        grouped *= scale[:, :, None]
+    out = jnp.einsum(
+        "BKGS,BKSE->BKGE", grouped.astype(q.dtype), v.astype(q.dtype), precision="highest"
+    )
     return out.reshape(q.shape), weights[:, :, 0]
 
 
 def attention_weights(
-    q: Float[Array, "B H Q E"], k: Float[Array, "B K S E"], visible: Bool[Array, "B Q S"]
+    q: Float[Array, "B H Q E"],
+    k: Float[Array, "B K S E"] | Int8Slots,
+    visible: Bool[Array, "B Q S"],
 ) -> Float[Array, "B H Q S"]:
     """Softmax weights of attention, all at once: for few queries or short sequences.
 
     Args:
         q: queries, of any float dtype; query head h reads key/value head ``h // (H // K)``.
-        k: keys, of the dtype of ``q``.
+        k: keys, of the dtype of ``q`` or int8.
         visible: slots that each query may attend to. A query without such a slot gives zeros.
 
     Returns:
         The weights in float32; those of a query sum to 1.
     """
     batch, heads, queries, width = q.shape
+    k, scale = k if isinstance(k, Int8Slots) else (k, None)
     # The query heads of one key/value head become rows of one matrix product.
     grouped = (q * width**-0.5).reshape(batch, k.shape[1], -1, width)
     scores = jnp.einsum(
-        "BKGE,BKSE->BKGS", grouped, k, precision="highest", preferred_element_type=jnp.float32
+        "BKGE,BKSE->BKGS",
+        grouped,
+        k.astype(q.dtype),
+        precision="highest",
+        preferred_element_type=jnp.float32,
     )
+    if scale is not None:
+        scores *= scale[:, :, None]
     groups, slots = heads // k.shape[1], k.shape[2]
     seen = jnp.broadcast_to(visible[:, None, None], (batch, 1, groups, queries, slots))
     weights = _softmax(scores, seen.reshape(batch, 1, -1, slots))

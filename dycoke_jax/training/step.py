@@ -12,6 +12,7 @@ from dycoke_jax.checks import choice, flag, number, whole_number
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
+from dycoke_jax.models.quantisation import is_int8
 from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.loss import AuxiliaryLoss, Scores, score_answers
 from dycoke_jax.training.token_dropping import TokenDropping
@@ -189,7 +190,14 @@ def start(settings: Optimisation, model: Model) -> TrainState:
     Args:
         settings: settings of the optimiser.
         model: the model; its weights are in any float dtype and hold those of auxiliary losses too.
+
+    Raises:
+        ConfigError: if weights are int8.
     """
+    if is_int8(model.params):
+        raise ConfigError(
+            "int8 weights cannot be trained; use the checkpoint that they were converted from"
+        )
     # The weights are copied, because the first step donates the buffers of its state.
     params = {path: jnp.array(x, jnp.float32) for path, x in model.params.items()}
     moments = optimiser(settings).init(_trained(settings, params))

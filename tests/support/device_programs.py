@@ -1,0 +1,150 @@
+"""The programs of a 7B model, compiled for a TPU v6e or an H100 that need not be there.
+
+    python -m support.device_programs tpu|cuda
+
+prints one line of JSON for each program. The widths are those of the released models, with few
+layers. It needs the device's compiler: libtpu, or jax-cuda12-plugin and nvidia-cuda-nvcc-cu12.
+Nothing is run. cuDNN's own checks are not made either: its kernels are calls in the program.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+
+if __name__ == "__main__":
+    # Read by jax and libtpu when they are imported: there is no such device to look for.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from dycoke_jax import DyCoke
+from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
+from dycoke_jax.generation.assemble import TextIds
+from dycoke_jax.generation.decode import decode
+from dycoke_jax.generation.encode import Features
+from dycoke_jax.generation.layout import plan
+from dycoke_jax.generation.prefill import prefill
+from dycoke_jax.generation.sampling import Sampling
+from dycoke_jax.generation.state import Limits
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import abstract_params
+
+VISION_LAYERS, TEXT_LAYERS = 1, 2
+ROWS, FRAMES, PREFIX, QUESTION, GENERATED = 2, 32, 14, 40, 64
+NEWLINES = ("one_token", "grid")
+METHODS = {"plain": None, "dycoke": DyCoke(layer=1)}
+
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3"
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84942979072
+  runtime_version: "12.9.0"  driver_version: "12.9.0"  compile_time_toolkit_version: "12.9.0"
+  dnn_version: "9.10.0"
+}
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+"""
+
+
+def device(platform):
+    """One device of the platform, to compile for."""
+    if platform == "tpu":
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4")
+    else:
+        # jax asks cuDNN for its version, which is no part of the compiler.
+        fused_attention_stablehlo.check_cudnn_version = lambda: 91000
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology="1x1x1", target_config=H100
+        )
+    return topology.devices[0]
+
+
+def model(newline):
+    """The model in bfloat16, as shapes."""
+    vision = VisionConfig(num_layers=VISION_LAYERS)
+    text = TextConfig(152064, 3584, 18944, TEXT_LAYERS, 28, 4, 128, tie_word_embeddings=False)
+    config = LlavaConfig(vision, text, newline=newline)
+    shapes = abstract_params(config)
+    params = {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for path, x in shapes.items()}
+    return Model(params, config, "bfloat16")
+
+
+def programs():
+    """Each program: its name, the function, its arguments as shapes, and the static ones."""
+    shape = jax.ShapeDtypeStruct
+    tower, config = model("grid"), model("grid").config
+    frames = shape((8, config.vision.image_size, config.vision.image_size, 3), jnp.uint8)
+    yield "encode", jax.jit(lambda model, x: model.bind().encode(x)), (tower, frames), {}
+    ints, floats = (shape((ROWS,), dtype) for dtype in (jnp.int32, jnp.float32))
+    for newline in NEWLINES:
+        for name, method in METHODS.items():
+            whole, config = model(newline), model(newline).config
+            layout = plan(config, ROWS, FRAMES, PREFIX, QUESTION, GENERATED, method)
+            tokens = (ROWS, FRAMES, config.tokens_per_frame, config.text.hidden_size)
+            features = Features(shape(tokens, jnp.bfloat16), ints, ())
+            prefix, question = (
+                shape((ROWS, count), jnp.int32)
+                for count in (layout.slots.prefix, layout.slots.question)
+            )
+            text = TextIds(prefix, ints, question, ints)
+            sampling = Sampling(floats, ints, floats, ints)
+            limits = Limits(ints, shape((ROWS, 2), jnp.int32))
+            arguments = (whole, features, text, sampling, limits)
+            static = {"layout": layout}
+            yield f"prefill {newline} {name}", prefill, arguments, static
+            state = jax.eval_shape(lambda *x, s=static: prefill(*x, **s), *arguments)
+            until = shape((), jnp.int32)
+            arguments = (whole, state, sampling, limits, until)
+            yield f"decode {newline} {name}", decode, arguments, static
+
+
+def report(name, compiled, arguments, seconds):
+    """What the compiler made of a program."""
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    caches = 0
+    if name.startswith("decode"):
+        # What a stage keeps from step to step may hold keys and values too.
+        arrays = jax.tree.leaves([(view.caches, view.memory) for view in arguments[1].views])
+        caches = sum(x.size * x.dtype.itemsize for x in arrays)
+    return {
+        "program": name,
+        "splash": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
+        "cudnn": len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax"', text)),
+        "caches": caches,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "seconds": round(seconds, 1),
+    }
+
+
+def main(platform):
+    place = SingleDeviceSharding(device(platform))
+    for name, function, arguments, static in programs():
+        start = time.perf_counter()
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
+        )
+        compiled = function.lower(*placed, **static).compile()
+        seconds = time.perf_counter() - start
+        print(json.dumps(report(name, compiled, arguments, seconds)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
