@@ -33,7 +33,7 @@ def test_requests_of_the_sizes_compile_nothing_and_nor_do_batches_of_what_is_lef
     assert first.seconds > 0
 
     rng = np.random.default_rng(0)
-    for requests in (1, 2, 3, 4, 7):
+    for requests in (1, 2, 7):
         clips = [video(n, int(rng.integers(3, 5))) for n in range(requests)]
         questions = ["Why? " * int(rng.integers(1, 4)) for _ in clips]
         decoding = [
@@ -84,16 +84,16 @@ def test_sizes_that_cannot_work_are_refused_in_one_line(model, arguments, error,
 
 
 def test_the_command_says_how_many_programs_were_compiled_or_found(compilations):
-    sizes = ("--frames", "2,3", "--batch", "1,2", "--max-new-tokens", "6", "--question-tokens", 4)
+    sizes = ("--frames", "2", "--batch", "1,2", "--max-new-tokens", "6", "--question-tokens", 4)
     before = compilations()
     code, out, err = run_main("warmup", "--model", TINY, *sizes, "--compress", "none", "--json")
     assert (code, err) == (0, "")
     shown = json.loads(out)
-    assert shown["layouts"] == 4
+    assert shown["layouts"] == 2
     assert 0 < shown["compiled"] + shown["found"] <= compilations() - before
     code, out, err = run_main("warmup", "--model", TINY, *sizes, "--compress", "none")
     assert (code, out) == (0, "")
-    assert err.startswith("4 layouts: 0 programs compiled, ")
+    assert err.startswith("2 layouts: 0 programs compiled, ")
 
 
 def test_the_command_refuses_sizes_that_are_no_numbers():
