@@ -13,7 +13,7 @@ from support.plain_attention import plain_attention
 
 from dycoke_jax.compression.protocol import Rows
 from dycoke_jax.generation.assemble import all_rows, newline_slots, place_newlines
-from dycoke_jax.ops.attention import attention, decode_attention
+from dycoke_jax.ops.attention import attention, blockwise_attention, decode_attention
 from dycoke_jax.ops.pooling import pool
 from dycoke_jax.ops.rope import rotate, rotations
 
@@ -36,6 +36,19 @@ def test_attention_with_holes(length, causal):
         seen &= np.tril(np.ones((length, length), bool))
     out = attention(*map(jnp.asarray, (q, k, v, valid)), causal=causal)
     np.testing.assert_allclose(out, plain_attention(q, k, v, seen), atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [512, 729])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_one_head_after_the_other_gives_the_same_numbers(length, causal):
+    """On CPUs, where there are many tokens: bit for bit what all heads together give."""
+    q, k, v = normal(0, 2, 6, length, 8), normal(1, 2, 2, length, 8), normal(2, 2, 2, length, 8)
+    valid = np.random.default_rng(3).random((2, length)) < 0.7
+    arrays = [*map(jnp.asarray, (q, k, v, valid))]
+    together = jax.jit(blockwise_attention, static_argnames="causal")(*arrays, causal=causal)
+    lowered = jax.jit(attention, static_argnames="causal").lower(*arrays, causal=causal)
+    assert "while" in lowered.as_text(), "a loop over the heads"
+    np.testing.assert_array_equal(attention(*arrays, causal=causal), together)
 
 
 @pytest.mark.parametrize("length", [40, 300, LONG])

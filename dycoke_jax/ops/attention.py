@@ -1,5 +1,6 @@
 """Attention of many queries (vision, prefill) and of one query a row (decoding)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,6 +13,9 @@ from dycoke_jax.ops.kernels import cudnn_attention, splash_attention
 _MASKED = -1e30  # finite, so that a row without any key gives zeros and not NaN
 
 QUERY_BLOCK = 256
+LONG = 512
+"""Tokens from which on a CPU computes one head after the other: the scores of all heads together
+would not stay in its caches."""
 MAX_STAGES = 16
 """At most this many groups of query blocks; each is compiled once."""
 
@@ -28,9 +32,9 @@ def attention(
     """Softmax attention of T queries over T keys, in memory linear in T.
 
     The program's platform decides who computes it: on TPUs splash attention for bfloat16, on NVIDIA
-    GPUs cuDNN for bfloat16 and float16, and ``blockwise_attention`` for all else. That is float32,
-    which is exact everywhere and which the kernels are not made for, and parts, which they cannot
-    express. Softmax is in float32.
+    GPUs cuDNN for bfloat16 and float16, and ``blockwise_attention`` for all else, on CPUs head by
+    head where there are many tokens. All else is float32, which is exact everywhere and which the
+    kernels are not made for, and parts, which they cannot express. Softmax is in float32.
 
     Args:
         q: queries, of any float dtype; query head h reads key/value head ``h // (H // K)``.
@@ -46,7 +50,7 @@ def attention(
     Returns:
         The attended values, in the dtype of ``v``.
     """
-    if parts is not None or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if parts is not None:
         return blockwise_attention(q, k, v, valid, causal=causal, parts=parts)
     return _by_platform(q, k, v, valid, causal=causal)
 
@@ -62,11 +66,40 @@ def _by_platform(
     *,
     causal: bool,
 ) -> Float[Array, "B H T E"]:
-    kernels = {"cuda": partial(_cudnn_or_blockwise, causal=causal)}
+    blockwise = partial(blockwise_attention, causal=causal)
+    forms: dict[str, Callable[..., Float[Array, "B H T E"]]] = {"cpu": blockwise}
+    if q.shape[2] >= LONG:
+        forms["cpu"] = partial(_head_by_head, causal=causal)
+    if q.dtype in (jnp.bfloat16, jnp.float16):
+        forms["cuda"] = partial(_cudnn_or_blockwise, causal=causal)
     if q.dtype == jnp.bfloat16:
-        kernels["tpu"] = partial(splash_attention, causal=causal)
-    default = partial(blockwise_attention, causal=causal)
-    return jax.lax.platform_dependent(q, k, v, valid, **kernels, default=default)
+        forms["tpu"] = partial(splash_attention, causal=causal)
+    return jax.lax.platform_dependent(q, k, v, valid, **forms, default=blockwise)
+
+
+def _head_by_head(
+    q: Float[Array, "B H T E"],
+    k: Float[Array, "B K T E"],
+    v: Float[Array, "B K T E"],
+    valid: Bool[Array, "B T"] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "B H T E"]:
+    """``blockwise_attention`` of one head after the other.
+
+    The scores of a block then stay in the caches of a CPU between the steps of the softmax, which
+    is worth more there than larger matrix products. The numbers are the same.
+    """
+    batch, heads = q.shape[:2]
+
+    def attend(index: Int[Array, ""]) -> Float[Array, "T E"]:
+        row, head = index // heads, index % heads
+        kv_head = head // (heads // k.shape[1])
+        one = [x[row, at][None, None] for x, at in ((q, head), (k, kv_head), (v, kv_head))]
+        of_row = None if valid is None else valid[row][None]
+        return blockwise_attention(*one, of_row, causal=causal)[0, 0]
+
+    return jax.lax.map(attend, jnp.arange(batch * heads)).reshape(q.shape)
 
 
 def _cudnn_or_blockwise(
