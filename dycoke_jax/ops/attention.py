@@ -95,9 +95,10 @@ def _head_by_head(
     def attend(index: Int[Array, ""]) -> Float[Array, "T E"]:
         row, head = index // heads, index % heads
         kv_head = head // (heads // k.shape[1])
-        one = [x[row, at][None, None] for x, at in ((q, head), (k, kv_head), (v, kv_head))]
         of_row = None if valid is None else valid[row][None]
-        return blockwise_attention(*one, of_row, causal=causal)[0, 0]
+        own_q, own_k, own_v = q[row, head], k[row, kv_head], v[row, kv_head]
+        own_q, own_k, own_v = own_q[None, None], own_k[None, None], own_v[None, None]
+        return blockwise_attention(own_q, own_k, own_v, of_row, causal=causal)[0, 0]
 
     return jax.lax.map(attend, jnp.arange(batch * heads)).reshape(q.shape)
 
