@@ -2,7 +2,8 @@
 
     python -m support.device_programs tpu|cuda
 
-prints one line of JSON for each program. The widths are those of the released models, with few
+prints one line of JSON for each program, and fails if a program has not the attention kernels that
+it should have or copies its caches. The widths are those of the released models, with few
 layers. It needs the device's compiler: libtpu, or jax-cuda12-plugin and nvidia-cuda-nvcc-cu12.
 Nothing is run. cuDNN's own checks are not made either: its kernels are calls in the program.
 """
@@ -41,6 +42,14 @@ VISION_LAYERS, TEXT_LAYERS = 1, 2
 ROWS, FRAMES, PREFIX, QUESTION, GENERATED = 2, 32, 14, 40, 64
 NEWLINES = ("one_token", "grid")
 METHODS = {"plain": None, "dycoke": DyCoke(layer=1)}
+NAMES = ["encode"] + [
+    f"{stage} {newline} {method}"
+    for newline in NEWLINES
+    for method in METHODS
+    for stage in ("prefill", "decode")
+]
+KERNELS = {"encode": VISION_LAYERS, "prefill": TEXT_LAYERS, "decode": 0}
+"""Calls of the attention kernel in the programs of each stage."""
 
 H100 = """
 platform_name: "CUDA"
@@ -139,7 +148,7 @@ def main(platform):
     # tile, and fails at the narrow ones of pooling. Calls of cuBLAS in their place change nothing
     # that is looked at here.
     options = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else {}
-    place = SingleDeviceSharding(device(platform))
+    place, names = SingleDeviceSharding(device(platform)), []
     for name, function, arguments, static in programs():
         start = time.perf_counter()
         placed = jax.tree.map(
@@ -147,7 +156,14 @@ def main(platform):
         )
         compiled = function.lower(*placed, **static).compile(options)
         seconds = time.perf_counter() - start
-        print(json.dumps(report(name, compiled, arguments, seconds)), flush=True)
+        made = report(name, compiled, arguments, seconds)
+        print(json.dumps(made), flush=True)
+        assert made["splash" if platform == "tpu" else "cudnn"] == KERNELS[name.split()[0]], name
+        # Only decoding has caches that it is given, and it updates them in place.
+        assert made["aliased"] >= made["caches"], name
+        assert (made["caches"] > 0) == name.startswith("decode"), name
+        names.append(name)
+    assert names == NAMES
 
 
 if __name__ == "__main__":
