@@ -139,7 +139,7 @@ def blockwise_attention(
     """
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
-    q = (q * width**-0.5).reshape(batch, kv_heads, -1, length, width)
+    q = q.reshape(batch, kv_heads, -1, length, width)
     blocks = -(-length // QUERY_BLOCK)
     stage = -(-blocks // MAX_STAGES) * QUERY_BLOCK
     outputs = []
@@ -181,26 +181,18 @@ def _attend_block(
 ) -> Float[Array, "B K G Q E"]:
     """Attention of a block of consecutive queries, the first of which is number ``start``."""
     batch, kv_heads, groups, block, width = queries.shape
-    # The query heads of one key/value head become rows of one matrix product.
-    scores = jnp.einsum(
-        "BKQE,BKSE->BKQS",
-        queries.reshape(batch, kv_heads, groups * block, width),
-        k,
-        precision="highest",
-        preferred_element_type=jnp.float32,
-    ).reshape(batch, kv_heads, groups, block, -1)
-    visible = jnp.ones(k.shape[2], bool) if valid is None else valid[:, None, None, None, :]
+    visible = jnp.ones((1, 1, k.shape[2]), bool) if valid is None else valid[:, None]
     if causal:
         visible = visible & (jnp.arange(k.shape[2]) <= start + jnp.arange(block)[:, None])
     if parts is not None:
         # The last block may reach beyond the end; its surplus queries are cut off by the caller.
         own = parts[:, jnp.minimum(start + jnp.arange(block), parts.shape[1] - 1)]
-        of_own = (parts[:, None, :] == 0) | (parts[:, None, :] == own[:, :, None])
-        visible = visible & of_own[:, None, None]
-    weights = _softmax(scores, visible).astype(v.dtype)
+        visible = visible & ((parts[:, None, :] == 0) | (parts[:, None, :] == own[:, :, None]))
+    q = queries.reshape(batch, kv_heads * groups, block, width)
+    weights = attention_weights(q, k, jnp.broadcast_to(visible, (batch, block, k.shape[2])))
     out = jnp.einsum(
         "BKQS,BKSE->BKQE",
-        weights.reshape(batch, kv_heads, groups * block, -1),
+        weights.astype(v.dtype).reshape(batch, kv_heads, groups * block, -1),
         v,
         precision="highest",
     )
@@ -222,14 +214,13 @@ def received_attention(
     Returns:
         Softmax weights as the mean over heads and queries, float32; those of a row sum to 1.
     """
+    everything = jnp.ones((1, q.shape[2], q.shape[2]), bool)
 
     def of_row(row: tuple[Float[Array, "H T E"], Float[Array, "H T E"]]) -> Float[Array, "T"]:
-        scores = jnp.einsum(
-            "HQE,HTE->HQT", *row, precision="highest", preferred_element_type=jnp.float32
-        )
-        return jax.nn.softmax(scores, axis=-1).mean((0, 1))
+        one_q, one_k = row
+        return attention_weights(one_q[None], one_k[None], everything)[0].mean((0, 1))
 
-    return jax.lax.map(of_row, (q * q.shape[-1] ** -0.5, k))
+    return jax.lax.map(of_row, (q, k))
 
 
 def decode_attention(
@@ -290,10 +281,9 @@ def attention_weights(
     )
     if scale is not None:
         scores *= scale[:, :, None]
-    groups, slots = heads // k.shape[1], k.shape[2]
-    seen = jnp.broadcast_to(visible[:, None, None], (batch, 1, groups, queries, slots))
-    weights = _softmax(scores, seen.reshape(batch, 1, -1, slots))
-    return weights.reshape(batch, heads, queries, slots)
+    scores = scores.reshape(batch, k.shape[1], -1, queries, k.shape[2])
+    weights = _softmax(scores, visible[:, None, None])
+    return weights.reshape(batch, heads, queries, -1)
 
 
 def _softmax(scores: Float[Array, "..."], visible: Bool[Array, "..."]) -> Float[Array, "..."]:
