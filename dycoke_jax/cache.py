@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int8
+
+from dycoke_jax.sharding import DATA, MODEL, constrain, model_size
 
 
 class Int8Slots(NamedTuple):
@@ -75,6 +78,15 @@ class KV(NamedTuple):
     def join(parts: "list[KV]") -> "KV":
         """Returns the slots of several caches one after the other."""
         return parts[0]._each(lambda *of_parts: jnp.concatenate(of_parts, axis=2), *parts[1:])
+
+    def spread_on(self, mesh: Mesh | None) -> "KV":
+        """Spreads, inside a program, rows over the mesh's ``data`` and heads over its ``model``."""
+        size = model_size(mesh)
+
+        def place(x: Array) -> Array:
+            return constrain(x, mesh, DATA, MODEL if x.shape[1] % size == 0 else None)
+
+        return self._each(place)
 
     def to_host(self) -> "KV":
         """Returns the cache in the memory of the host."""

@@ -17,6 +17,8 @@ Newline = Literal["one_token", "grid", "frame", "no_token"]
 ``one_token``: once, after the last frame. ``grid``: after every row of every frame.
 ``frame``: after every frame. ``no_token``: nowhere.
 """
+Storage = Literal["int8"]
+"""How weights or key/value caches can be stored, other than in a float dtype."""
 
 
 @dataclass(frozen=True)

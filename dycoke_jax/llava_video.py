@@ -1,6 +1,6 @@
 """The main interface of the library: a model with its tokenizer answers questions about clips."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -8,15 +8,16 @@ from os import PathLike
 from typing import Literal, get_args, overload
 
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from dycoke_jax import checks
 from dycoke_jax.checkpoint.chat_template import find_chat_template
 from dycoke_jax.checkpoint.opening import Checkpoint, check_vocabulary, open_checkpoint
-from dycoke_jax.checkpoint.tensors import Storage, check_storage, weight_dtype
+from dycoke_jax.checkpoint.tensors import check_storage, weight_dtype
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.protocol import Compressor, check_compressor
-from dycoke_jax.config import LlavaConfig, PoolMode
+from dycoke_jax.config import LlavaConfig, PoolMode, Storage
 from dycoke_jax.engine import schedule
 from dycoke_jax.engine.batch import score_batch
 from dycoke_jax.engine.prepare import prepare
@@ -38,6 +39,7 @@ from dycoke_jax.inputs.sampling import FrameSampling
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params
 from dycoke_jax.progress import Progress
+from dycoke_jax.sharding import make_mesh
 
 STREAM_EVERY = 4
 """Tokens between two pieces of a stream; each piece costs a transfer from the device."""
@@ -91,6 +93,8 @@ class LlavaVideo:
         dtype: DTypeLike | None = None,
         weights: Storage | None = None,
         kv: Storage | None = None,
+        mesh: Mesh | str | Mapping[str, int] | None = None,
+        fsdp: bool = False,
         pool_mode: PoolMode | None = None,
         progress: Progress | None = None,
     ) -> "LlavaVideo":
@@ -104,6 +108,10 @@ class LlavaVideo:
                 each output channel; None: as they are in the checkpoint.
             kv: ``int8`` stores keys and values as int8 while decoding, with a scale for each head
                 and token; None: in the dtype of the computation.
+            mesh: the devices to spread the model over: sizes of its axes such as
+                ``"data=2,model=4"``, or a mesh with these axes; None for a single device.
+            fsdp: spread the weights over the mesh's ``data`` too, which gathers them layer by layer
+                where they are used.
             pool_mode: pooling of frames in place of the configuration's. The published evaluation
                 of LLaVA-Video replaces it by ``average``.
             progress: called with the bytes of weights loaded after each tensor.
@@ -118,7 +126,13 @@ class LlavaVideo:
         _check_loading(dtype, weights, kv, progress)
         checkpoint = open_checkpoint(name_or_path, pool_mode=pool_mode)
         return cls.from_checkpoint(
-            checkpoint, dtype=dtype, weights=weights, kv=kv, progress=progress
+            checkpoint,
+            dtype=dtype,
+            weights=weights,
+            kv=kv,
+            mesh=mesh,
+            fsdp=fsdp,
+            progress=progress,
         )
 
     @classmethod
@@ -129,12 +143,16 @@ class LlavaVideo:
         dtype: DTypeLike | None = None,
         weights: Storage | None = None,
         kv: Storage | None = None,
+        mesh: Mesh | str | Mapping[str, int] | None = None,
+        fsdp: bool = False,
         progress: Progress | None = None,
     ) -> "LlavaVideo":
         """Loads the weights of a checkpoint that is open already; see ``from_pretrained``."""
         _check_loading(dtype, weights, kv, progress)
+        if mesh is not None and not isinstance(mesh, Mesh):
+            mesh = make_mesh(mesh)
         return cls(
-            replace(checkpoint.load(dtype, progress, weights), kv=kv),
+            replace(checkpoint.load(dtype, progress, weights, mesh, fsdp=fsdp), kv=kv),
             checkpoint.tokenizer,
             checkpoint.stop_ids,
             checkpoint.notes,
@@ -431,7 +449,9 @@ class LlavaVideo:
             replace(shortest, after=shortest.after + (0,) * (tokens - 1))
             for tokens in question_tokens
         ]
-        layouts = layouts_of(self.config, prompts, frames, max_new_tokens, batch, compression)
+        layouts = layouts_of(
+            self.config, prompts, frames, max_new_tokens, batch, compression, self.model.mesh
+        )
         return warm_up(self.model, layouts, progress)
 
     def prepare(self, request: Request, *, progress: Progress | None = None) -> Prepared:

@@ -1,15 +1,15 @@
 """The model as one value: its weights, with what is static about them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dycoke_jax.config import LlavaConfig
+from dycoke_jax.config import LlavaConfig, Storage
 from dycoke_jax.models.llava import Llava, Params, dotted, split
 from dycoke_jax.models.quantisation import stored_weight
+from dycoke_jax.sharding import gathered
 
 _STATIC = {"static": True}
 
@@ -35,15 +35,15 @@ class Model:
     config: LlavaConfig = field(metadata=_STATIC)
     dtype: str = field(default="float32", metadata=_STATIC)
     mesh: Mesh | None = field(default=None, metadata=_STATIC)
-    kv: Literal["int8"] | None = field(default=None, metadata=_STATIC)
+    kv: Storage | None = field(default=None, metadata=_STATIC)
 
     def bind(self) -> Llava:
         """Returns the network with these weights.
 
-        It is cheap and meant to be called inside jitted functions.
+        It is cheap and meant to be called inside jitted functions. There, weights that are spread
+        over ``data`` are gathered where they are used.
         """
-        graphdef, leaves = split(self.config, self.dtype)
-        state = [
-            (keys, leaf.replace(stored_weight(self.params, dotted(keys)))) for keys, leaf in leaves
-        ]
+        graphdef, leaves = split(self.config, self.dtype, self.mesh)
+        params = gathered(self.params, self.config, self.mesh)
+        state = [(keys, leaf.replace(stored_weight(params, dotted(keys)))) for keys, leaf in leaves]
         return nnx.merge(graphdef, nnx.from_flat_state(state))

@@ -464,8 +464,8 @@ def test_tables_fit_and_have_a_row_for_each_combination(results):
     assert "…" not in text
     assert "matrix rate" in text
     assert report.agreement(results) == [
-        "batch 2, 4 frames: 16 of 16 greedy tokens are those of transformers, up to the first that "
-        "differs"
+        "batch 2, 4 frames, none: 16 of 16 greedy tokens are those of transformers, up to the "
+        "first that differs"
     ]
 
 
@@ -528,6 +528,38 @@ def test_json_holds_every_combination_with_its_counts(shallow_preset):
         assert entry["compiled"].keys() == {"programs", "found", "seconds"}
 
 
+def test_weights_and_caches_as_int8_are_measured_beside_those_as_they_are(shallow_preset):
+    """In the same rounds; and what a step has to read is less by what they take less."""
+    code, out, _ = run_main(
+        *("bench", "--batch", 1, "--frames", 4, "--new-tokens", 4, "--rounds", 3, "--json"),
+        *("--compress", "none", "--stages", "prefill,decode"),
+        *("--weights", "stored,int8", "--kv", "stored,int8"),
+    )
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [(row["combination"]["weights"], row["combination"]["kv"]) for row in rows] == [
+        *itertools.product((None, "int8"), (None, "int8"))
+    ]
+    moved = [row["stages"]["decode"]["cost"]["bytes"] for row in rows]
+    language = [
+        (path, leaf.shape)
+        for path, leaf in abstract_params(SHALLOW).items()
+        if path.startswith("language_model.") and len(leaf.shape) == 2
+    ]
+    # A matrix gives 3 of 4 bytes a number, and takes 4 for the scale of each row.
+    saved = sum(3 * rows * columns - 4 * rows for _, (rows, columns) in language)
+    assert moved[0] - moved[2] == saved
+    assert moved[1] - moved[3] == saved
+    text = SHALLOW.text
+    numbers = 2 * text.num_layers * text.num_kv_heads * plan_slots(rows[0])
+    assert moved[0] - moved[1] == numbers * (3 * text.head_dim - 4)
+
+
+def plan_slots(row):
+    """Slots of the caches of a batch of one request: the bucket of its prompt and of its answer."""
+    return plan(SHALLOW, 1, row["combination"]["frames"], 16, 32, 32, None).slots.prompt + 32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -541,6 +573,7 @@ def test_json_holds_every_combination_with_its_counts(shallow_preset):
         pytest.param(
             ["--preset", "tiny", "--model", "x"], "both choose the model; give one", id="model"
         ),
+        pytest.param(["--weights", "int4"], "--weights is 'int4'; it must be stored", id="weights"),
         pytest.param(["--compress", "x"], "there is no method 'x'", id="method"),
         pytest.param(["--compress", "dycoke(layer=9)"], "it must lie in 1..5", id="layer"),
         pytest.param(["--frames", "4000"], "exceed the model's 4096 positions", id="long"),

@@ -16,6 +16,7 @@ from dycoke_jax.generation.assemble import all_rows, newline_slots, place_newlin
 from dycoke_jax.ops.attention import attention, blockwise_attention, decode_attention
 from dycoke_jax.ops.pooling import pool
 from dycoke_jax.ops.rope import rotate, rotations
+from dycoke_jax.ops.rows import by_row
 
 LONG = pytest.param(4400, marks=pytest.mark.slow)  # more than MAX_STAGES blocks of queries
 
@@ -218,3 +219,36 @@ def test_official_order_is_kept_with_one_newline():
     visual = place(features, rows_of(kept), "one_token")
     np.testing.assert_array_equal(visual.embeds[0, :4], features.reshape(12, 4)[kept[0]])
     np.testing.assert_array_equal(visual.embeds[0, 4], NEWLINE)
+
+
+def test_long_rows_are_computed_one_after_another_with_the_same_numbers():
+    """And gradients; a batch of short rows, or of one row, is computed at once."""
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.standard_normal((8, 8), np.float32))
+    seen = []
+
+    def function(x, scale, nothing):
+        assert nothing is None
+        seen.append(x.shape)
+        return jnp.tanh(x @ weight) * scale[:, None, None], x.sum(-1)
+
+    def both(x, scale):
+        seen.clear()
+        out, sums = by_row(function, x, scale, None)
+        shapes = {shape[0] for shape in seen}
+        return out, sums, shapes
+
+    scale = jnp.asarray([2.0, -1.0, 0.5])
+    x = jnp.asarray(rng.standard_normal((3, 520, 8), np.float32))
+    out, sums, shapes = both(x, scale)
+    assert 1 in shapes  # what a CPU computes
+    right = np.tanh(np.asarray(x) @ np.asarray(weight)) * np.asarray(scale)[:, None, None]
+    np.testing.assert_allclose(out, right, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sums, np.asarray(x).sum(-1), rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda x: by_row(function, x, scale, None)[0].sum())(x)
+    slope = np.asarray(scale)[:, None, None] * (
+        1 - np.tanh(np.asarray(x) @ np.asarray(weight)) ** 2
+    )
+    np.testing.assert_allclose(gradient, slope @ np.asarray(weight).T, rtol=1e-3, atol=1e-4)
+    assert both(x[:, :100], scale)[2] == {3}
+    assert both(x[:1], scale[:1])[2] == {1}

@@ -29,6 +29,8 @@ def as_json(results: Results) -> dict[str, Any]:
             "batch": combination.batch,
             "frames": combination.frames,
             "compression": combination.name,
+            "weights": combination.weights,
+            "kv": combination.kv,
             "settings": None if compression is None else described(compression),
         }
     return whole
@@ -112,10 +114,10 @@ def agreement(results: Results) -> list[str]:
     for row in results.rows:
         if row.same_ids is not None:
             same, count = row.same_ids
-            batch, frames = row.combination.batch, row.combination.frames
+            batch, frames, label = _names(row)
             lines.append(
-                f"batch {batch}, {frames} frames: {same} of {count} greedy tokens are those of "
-                "transformers, up to the first that differs"
+                f"batch {batch}, {frames} frames, {label}: {same} of {count} greedy tokens are "
+                "those of transformers, up to the first that differs"
             )
     return lines
 
@@ -170,7 +172,7 @@ def _lines(rows: Sequence[Row], other: str) -> dict[str, list[Row]]:
     """Rows by what the lines of the plot differ in: compression and ``other``."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        name = f"{row.combination.name}, {other} {getattr(row.combination, other)}"
+        name = f"{row.combination.label}, {other} {getattr(row.combination, other)}"
         lines.setdefault(name, []).append(row)
     return lines
 
@@ -191,7 +193,7 @@ def _whole_time(row: Row, new_tokens: int) -> Spread:
 
 def _names(row: Row) -> tuple[str, str, str]:
     combination = row.combination
-    return str(combination.batch), str(combination.frames), combination.name
+    return str(combination.batch), str(combination.frames), combination.label
 
 
 def _title(stage: str) -> str:

@@ -82,7 +82,7 @@ class Results:
         machine: where it was measured, see ``machine.described``.
         rounds: number of rounds.
         new_tokens: number of tokens that each request generated.
-        weights: bytes of the weights of the model.
+        weights: bytes of the weights of the model as it was loaded.
         matrix: the matrix rate in operations a second.
         bandwidth: the memory bandwidth in bytes a second.
         rows: one a combination.

@@ -1,17 +1,20 @@
 """One run: combinations, the machine and transformers, measured in the same rounds."""
 
 from collections.abc import Collection, Hashable, Sequence
+from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 
 from dycoke_jax.bench.against import check_against, torch_model, torch_run
 from dycoke_jax.bench.machine import Rates, Sizes, cost_of_run, described, machine_run
 from dycoke_jax.bench.measure import Run, Spread, measure, spread
 from dycoke_jax.bench.results import Results, row, theirs_of
 from dycoke_jax.bench.stages import Combination, prepare, stages_run
-from dycoke_jax.config import LlavaConfig
+from dycoke_jax.config import LlavaConfig, Storage
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import abstract_params, random_param
+from dycoke_jax.models.quantisation import quantised
 from dycoke_jax.progress import Progress
 
 
@@ -63,7 +66,13 @@ def bench(
     """
     if against:
         check_against(model.config, model.dtype)
-    works = [prepare(model, combination, new_tokens) for combination in combinations]
+    stored: dict[Storage | None, Model] = {None: model}
+    if any(combination.weights == "int8" for combination in combinations):
+        stored["int8"] = _int8(model)
+    works = [
+        prepare(replace(stored[combination.weights], kv=combination.kv), combination, new_tokens)
+        for combination in combinations
+    ]
     network = torch_model(model) if against else None
     groups: dict[tuple[int, int], dict[Hashable, Run]] = {}
     for number, work in enumerate(works):
@@ -100,6 +109,18 @@ def bench(
             if against
         ),
     )
+
+
+def _int8(model: Model) -> Model:
+    """The model with the matrices of its language model as int8; it shares all other weights."""
+    host = ((path, np.asarray(weight)) for path, weight in model.params.items())
+    params = {
+        path: jnp.asarray(array)
+        if path not in model.params or array.dtype == np.int8
+        else model.params[path]
+        for path, array in quantised(host)
+    }
+    return replace(model, params=params)
 
 
 def _rate(amount: int, seconds: Sequence[float]) -> Spread:

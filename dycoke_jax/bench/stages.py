@@ -15,8 +15,8 @@ from dycoke_jax.bench.costs import Cost
 from dycoke_jax.bench.measure import Run, Watch
 from dycoke_jax.cache import KV
 from dycoke_jax.compression.protocol import Compressor
-from dycoke_jax.config import LlavaConfig
-from dycoke_jax.engine.batch import bucket, layout_of, run_batch
+from dycoke_jax.config import LlavaConfig, Storage
+from dycoke_jax.engine.batch import layout_of, rows_for, run_batch
 from dycoke_jax.engine.requests import Decoding, Prepared
 from dycoke_jax.generation.assemble import TextIds, Visual, place_newlines
 from dycoke_jax.generation.decode import decode
@@ -45,12 +45,22 @@ class Combination:
         frames: frames of each clip.
         name: the compression as text, ``none`` for the plain model.
         compression: the compression; None for the plain model.
+        weights: ``int8`` for the matrices of the language model as int8; None: as stored.
+        kv: ``int8`` for key/value caches as int8; None: in the dtype of the computation.
     """
 
     batch: int
     frames: int
     name: str
     compression: Compressor | None
+    weights: Storage | None = None
+    kv: Storage | None = None
+
+    @property
+    def label(self) -> str:
+        """The compression, and what is stored as int8."""
+        stored = {"weights": self.weights, "KV": self.kv}
+        return ", ".join([self.name, *(f"{what} int8" for what, how in stored.items() if how)])
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,8 @@ def prepare(model: Model, combination: Combination, new_tokens: int, seed: int =
         _request(config, combination.frames, new_tokens, np.random.default_rng([seed, row]))
         for row in range(combination.batch)
     )
-    layout = layout_of(config, requests, bucket(len(requests), 1), combination.compression)
+    rows = rows_for(len(requests), model.mesh)
+    layout = layout_of(config, requests, rows, combination.compression)
     return Work(model, combination, layout, requests)
 
 

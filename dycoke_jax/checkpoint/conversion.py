@@ -19,13 +19,13 @@ from dycoke_jax.checkpoint.report import warn_non_finite
 from dycoke_jax.checkpoint.safetensors_writer import write_safetensors
 from dycoke_jax.checkpoint.tensors import (
     INT8,
-    Storage,
     Weights,
     check_storage,
     is_finite,
     prepare,
     weight_dtype,
 )
+from dycoke_jax.config import Storage
 from dycoke_jax.errors import CheckpointError
 from dycoke_jax.files import absent, copy_text, read_json_object, staged_folder
 from dycoke_jax.models.quantisation import scale_path

@@ -1,26 +1,27 @@
 """Loads the parameters of a model onto the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from dycoke_jax.checkpoint.folder import Folder
 from dycoke_jax.checkpoint.orbax_folder import restore_params
 from dycoke_jax.checkpoint.report import warn_non_finite
 from dycoke_jax.checkpoint.tensors import (
-    Storage,
     Weights,
     check_storage,
     prepare,
     target_dtype,
     weight_dtype,
 )
+from dycoke_jax.config import Storage
 from dycoke_jax.models.quantisation import matrix_path
 from dycoke_jax.progress import BYTES, Progress
+from dycoke_jax.sharding import weight_sharding
 
 
 def load_params(
@@ -28,8 +29,11 @@ def load_params(
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
     weights: Storage | None = None,
+    mesh: Mesh | None = None,
+    *,
+    fsdp: bool = False,
 ) -> dict[str, jax.Array]:
-    """Loads a checkpoint's parameters onto JAX's default device.
+    """Loads a checkpoint's parameters onto JAX's default device, or onto those of a mesh.
 
     The host holds one tensor, or one small group of tensors, at a time.
 
@@ -39,6 +43,9 @@ def load_params(
             that are stored as int8, and their scales, stay what they are.
         progress: called after each tensor; counts bytes as stored.
         weights: ``int8`` quantises the matrices of the language model; None leaves them as stored.
+        mesh: the devices, of which each gets its part of the weights (``sharding.weight_spec``);
+            None for a single one.
+        fsdp: spread the weights over the mesh's ``data`` too.
 
     Returns:
         A dictionary from dotted path to array with exactly the paths of
@@ -56,7 +63,13 @@ def load_params(
     stored = folder.weights()
     params: dict[str, jax.Array] = {}
     total, done = sum(info.nbytes for info in stored.params.values()), 0
-    for path, array in _arrays(folder, stored, wanted, weights):
+
+    def sharding(path: str, shape: tuple[int, ...]) -> Sharding:
+        if mesh is None:
+            return jnp.zeros(()).sharding
+        return weight_sharding(path, shape, folder.config, mesh, fsdp=fsdp)
+
+    for path, array in _arrays(folder, stored, wanted, weights, sharding):
         params[path] = array
         # Scales that are made here are no part of the stored bytes.
         done += stored.params[path].nbytes if path in stored.params else 0
@@ -69,12 +82,18 @@ def load_params(
 
 
 def _arrays(
-    folder: Folder, stored: Weights, dtype: np.dtype | None, weights: Storage | None
+    folder: Folder,
+    stored: Weights,
+    dtype: np.dtype | None,
+    weights: Storage | None,
+    sharding: Callable[[str, tuple[int, ...]], Sharding],
 ) -> Iterator[tuple[str, jax.Array]]:
     if folder.kind == "orbax" and weights is None:
         targets = {
             path: jax.ShapeDtypeStruct(
-                info.shape, target_dtype(path, info.dtype, dtype), sharding=_sharding()
+                info.shape,
+                target_dtype(path, info.dtype, dtype),
+                sharding=sharding(path, info.shape),
             )
             for path, info in stored.params.items()
         }
@@ -82,12 +101,7 @@ def _arrays(
         return
     for path, array in stored.stream(stored.params):
         for name, ready in prepare(path, array, dtype, weights):
-            yield name, jax.device_put(ready, _sharding())
-
-
-def _sharding() -> Sharding:
-    """Everything goes to one device; with a mesh, each path would get its own sharding here."""
-    return jnp.zeros(()).sharding
+            yield name, jax.device_put(ready, sharding(name, ready.shape))
 
 
 @jax.jit

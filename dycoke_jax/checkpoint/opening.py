@@ -4,19 +4,21 @@ from dataclasses import dataclass, replace
 from os import PathLike
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from dycoke_jax.checkpoint.end_ids import read_end_ids
 from dycoke_jax.checkpoint.folder import Folder, open_folder
 from dycoke_jax.checkpoint.load import load_params
 from dycoke_jax.checkpoint.processor import check_processor
-from dycoke_jax.checkpoint.tensors import INT8, Storage
+from dycoke_jax.checkpoint.tensors import INT8
 from dycoke_jax.checkpoint.tokenizer import load_tokenizer
-from dycoke_jax.config import LlavaConfig, PoolMode
+from dycoke_jax.config import LlavaConfig, PoolMode, Storage
 from dycoke_jax.errors import CheckpointError
 from dycoke_jax.inputs.prompts import Tokenizer, stop_ids
 from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
+from dycoke_jax.sharding import check_mesh
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ class Checkpoint:
         dtype: DTypeLike | None = None,
         progress: Progress | None = None,
         weights: Storage | None = None,
+        mesh: Mesh | None = None,
+        *,
+        fsdp: bool = False,
     ) -> Model:
-        """Loads the model onto JAX's default device, as ``load_params`` does.
+        """Loads the model onto JAX's default device or a mesh, as ``load_params`` does.
 
         Args:
             dtype: float32, float16 or bfloat16, of weights and computation. None leaves each tensor
@@ -55,13 +60,20 @@ class Checkpoint:
                 norm where the embedding is int8.
             progress: called after each tensor; counts bytes as stored.
             weights: as in ``load_params``.
+            mesh: as in ``load_params``.
+            fsdp: as in ``load_params``.
+
+        Raises:
+            ConfigError: if the mesh cannot divide the model.
         """
-        params = load_params(self.folder, dtype, progress, weights)
+        if mesh is not None:
+            check_mesh(self.config, mesh)
+        params = load_params(self.folder, dtype, progress, weights, mesh, fsdp=fsdp)
         # The only place where a dtype is read off a weight: nothing else says what was stored.
         stored = params["language_model.embed_tokens.weight"].dtype
         if stored == INT8:
             stored = params["language_model.norm.weight"].dtype
-        return Model(params, self.config, jnp.dtype(dtype or stored).name)
+        return Model(params, self.config, jnp.dtype(dtype or stored).name, mesh)
 
 
 def open_checkpoint(

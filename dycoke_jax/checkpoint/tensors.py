@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, get_args
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -11,11 +11,10 @@ from jax.typing import DTypeLike
 
 from dycoke_jax.checkpoint.report import Report
 from dycoke_jax.checks import shown
+from dycoke_jax.config import Storage
 from dycoke_jax.errors import CheckpointError
 from dycoke_jax.models.quantisation import can_be_int8, matrix_path, quantised
 
-Storage = Literal["int8"]
-"""How weights or key/value caches can be stored, other than in a float dtype."""
 INT8 = np.dtype(np.int8)
 
 DTYPES = {

@@ -38,9 +38,6 @@ COMMANDS = {
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Float dtypes that weights can be stored in."""
 
-Storage = Literal["int8"]
-"""How weights and key/value caches can be stored besides."""
-
 
 def new_app(**settings: Any) -> typer.Typer:
     """Returns a Typer application with the settings that all modules of commands share."""

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, Storage, new_app
+from dycoke_jax.cli.app import Dtype, new_app
 from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import FORM, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
+from dycoke_jax.cli.loading import Fsdp, KeysValues, MeshSizes, Weights
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.methods import described
@@ -77,22 +78,10 @@ def generate(
             rich_help_panel=_PROMPT,
         ),
     ] = None,
-    weights: Annotated[
-        Storage | None,
-        typer.Option(
-            help="int8: one byte for each weight in the language model's matrices. Default: as "
-            "stored.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    kv: Annotated[
-        Storage | None,
-        typer.Option(
-            help="int8: one byte for each number in the key/value caches. Default: that of the "
-            "computation.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
+    weights: Weights = None,
+    kv: KeysValues = None,
+    mesh: MeshSizes = None,
+    fsdp: Fsdp = False,
     allow_damaged: Annotated[
         bool,
         typer.Option(
@@ -110,9 +99,11 @@ def generate(
     from dycoke_jax.checkpoint.chat_template import find_chat_template
     from dycoke_jax.inputs.chat_template import check_template
     from dycoke_jax.llava_video import LlavaVideo
+    from dycoke_jax.sharding import parse_mesh
 
     # Bad settings and clips are refused before a large checkpoint is read.
     compression = chosen(given, compress, None if no_dycoke else dycoke)
+    sizes = None if mesh is None else parse_mesh(mesh)
     if video is not None:
         check_clip(video, allow_damaged=allow_damaged)
     checkpoint = open_checkpoint(model, pool_mode=pool_mode)
@@ -123,7 +114,13 @@ def generate(
         compression.stages.check(checkpoint.config, sampling.frames)
     with progress_bars() as progress:
         llava = LlavaVideo.from_checkpoint(
-            checkpoint, dtype=dtype, weights=weights, kv=kv, progress=progress
+            checkpoint,
+            dtype=dtype,
+            weights=weights,
+            kv=kv,
+            mesh=sizes,
+            fsdp=fsdp,
+            progress=progress,
         )
         pieces = llava.stream(
             [video],

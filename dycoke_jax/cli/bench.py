@@ -14,7 +14,7 @@ from dycoke_jax.cli.compress import FORM
 from dycoke_jax.cli.console import progress_bars, say_notes
 from dycoke_jax.cli.numbers import whole_numbers
 from dycoke_jax.compression.methods import PLAIN, parse_compression
-from dycoke_jax.config import PRESETS
+from dycoke_jax.config import PRESETS, Storage
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
 
@@ -75,6 +75,20 @@ def bench(
             "are stored."
         ),
     ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="How the language model's matrices are stored, as a list: `stored`, which is as "
+            "they are, and `int8`."
+        ),
+    ] = "stored",
+    kv: Annotated[
+        str,
+        typer.Option(
+            help="How keys and values are stored, as a list: `stored`, which is in the dtype of "
+            "the computation, and `int8`."
+        ),
+    ] = "stored",
     against: Annotated[
         Literal["transformers"] | None,
         typer.Option(
@@ -114,10 +128,12 @@ def bench(
         for name, text in (("--batch", batch), ("--frames", frames))
     )
     combinations = [
-        Combination(rows, length, name, compression)
+        Combination(rows, length, name, compression, stored, cached)
         for rows in batches
         for length in lengths
         for name, compression in methods.items()
+        for stored in _storages("--weights", weights)
+        for cached in _storages("--kv", kv)
     ]
     if plot is not None:
         check_writable(plot)
@@ -162,3 +178,10 @@ def bench(
     console.print(report.times(results), report.limits(results))
     for line in report.agreement(results):
         console.print(line, markup=False)
+
+
+def _storages(option: str, text: str) -> list[Storage | None]:
+    """Reads a list of ``stored``, which is None, and ``int8``."""
+    names = dict.fromkeys(part.strip() for part in text.split(","))
+    chosen = [choice(option, name, ("stored", "int8")) for name in names]
+    return [None if name == "stored" else "int8" for name in chosen]

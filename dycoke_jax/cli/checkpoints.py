@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, Storage, new_app
+from dycoke_jax.cli.app import Dtype, new_app
 from dycoke_jax.cli.console import progress_bars, say, say_notes
-from dycoke_jax.config import PRESETS
+from dycoke_jax.config import PRESETS, Storage
 from dycoke_jax.errors import ConfigError
 
 app = new_app()

@@ -9,6 +9,7 @@ import typer
 from dycoke_jax.cli.app import Dtype, new_app
 from dycoke_jax.cli.compress import FORM
 from dycoke_jax.cli.console import progress_bars, say, say_notes
+from dycoke_jax.cli.loading import Fsdp, KeysValues, MeshSizes, Weights
 from dycoke_jax.cli.numbers import whole_numbers
 from dycoke_jax.cli.options import Options, with_settings
 from dycoke_jax.compilation import use_compilation_cache
@@ -73,6 +74,10 @@ def warmup(
             help="Dtype of weights and computation. Default: as stored.", rich_help_panel=_PROMPT
         ),
     ] = None,
+    weights: Weights = None,
+    kv: KeysValues = None,
+    mesh: MeshSizes = None,
+    fsdp: Fsdp = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object.")
     ] = False,
@@ -96,7 +101,15 @@ def warmup(
     checkpoint = open_checkpoint(model, pool_mode=pool_mode)
     say_notes(checkpoint.notes)
     with progress_bars() as progress:
-        llava = LlavaVideo.from_checkpoint(checkpoint, dtype=dtype, progress=progress)
+        llava = LlavaVideo.from_checkpoint(
+            checkpoint,
+            dtype=dtype,
+            weights=weights,
+            kv=kv,
+            mesh=mesh,
+            fsdp=fsdp,
+            progress=progress,
+        )
         done = [
             llava.warm_up(**sizes, compression=method, prompting=prompting, progress=progress)
             for method in methods

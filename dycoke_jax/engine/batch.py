@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from dycoke_jax.compression.protocol import Compressor
@@ -30,6 +31,7 @@ from dycoke_jax.generation.score import score
 from dycoke_jax.generation.state import DecodeState, Limits
 from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
+from dycoke_jax.sharding import data_size
 
 # The smallest bucket of each segment; larger buckets double. Few shapes mean few compilations.
 MIN_PREFIX, MIN_QUESTION, MIN_GENERATED, STOP_SLOTS = 16, 32, 32, 8
@@ -68,7 +70,7 @@ def run_batch(
         RequestError: if a request does not fit into the model's positions.
         ConfigError: if the compression cannot work on this model or clip length.
     """
-    layout, text = _lay_out(model.config, requests, compression)
+    layout, text = _lay_out(model, requests, compression)
     rows = layout.rows
     sampling, limits = _sampling(requests, rows), _limits(requests, rows, stop_ids)
 
@@ -139,7 +141,7 @@ def score_batch(
         replace(request, decoding=Decoding(max_new_tokens=len(answer)))
         for request, answer in zip(requests, answers, strict=True)
     ]
-    layout, text = _lay_out(model.config, requests, compression)
+    layout, text = _lay_out(model, requests, compression)
     features = _features(model, requests, layout, progress)
     ids, lengths = _pad(answers, layout.rows, layout.slots.generated)
     scored = jax.device_get(score(model, features, text, ids, lengths, layout=layout))
@@ -191,11 +193,17 @@ def layout_of(
     return layout
 
 
+def rows_for(requests: int, mesh: Mesh | None) -> int:
+    """Rows of a batch of so many requests; on a mesh a multiple of those that it is spread over."""
+    return bucket(requests, data_size(mesh))
+
+
 def _lay_out(
-    config: LlavaConfig, requests: Sequence[Prepared], compression: Compressor | None
+    model: Model, requests: Sequence[Prepared], compression: Compressor | None
 ) -> tuple[Layout, TextIds]:
     """Returns the layout of a batch and the token ids of its prompts."""
-    layout = layout_of(config, requests, bucket(len(requests), 1), compression)
+    rows = rows_for(len(requests), model.mesh)
+    layout = layout_of(model.config, requests, rows, compression)
     return layout, _text(requests, layout)
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dycoke_jax.compilation import counted
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.engine.batch import bucket, empty_batch, layout_of
+from dycoke_jax.engine.batch import empty_batch, layout_of, rows_for
 from dycoke_jax.engine.requests import Decoding, Prepared
 from dycoke_jax.generation.decode import decode
 from dycoke_jax.generation.encode import encode
@@ -46,6 +47,7 @@ def layouts_of(
     max_new_tokens: Iterable[int],
     batch: Iterable[int],
     compression: Compressor | None,
+    mesh: Mesh | None = None,
 ) -> list[Layout]:
     """The layouts of batches of requests of all combinations of given sizes.
 
@@ -56,6 +58,7 @@ def layouts_of(
         max_new_tokens: limits of answers.
         batch: numbers of requests that run together.
         compression: method and settings, or None for the plain model.
+        mesh: the devices; None for a single one.
 
     Returns:
         Each layout once; those that take most memory come first.
@@ -71,7 +74,7 @@ def layouts_of(
         if clip is None:
             prompt = Prompt((), prompt.before + prompt.after)
         request = Prepared(prompt, clip, Decoding(max_new_tokens=most))
-        layouts.add(layout_of(config, [request], bucket(rows, 1), compression))
+        layouts.add(layout_of(config, [request], rows_for(rows, mesh), compression))
     return sorted(
         layouts, key=lambda one: one.rows * (one.slots.prompt + one.slots.generated), reverse=True
     )

@@ -10,7 +10,7 @@ from dycoke_jax.cache import KV
 from dycoke_jax.compression.view import View
 from dycoke_jax.generation.layout import Group, Layout
 from dycoke_jax.generation.sampling import Sampling, sample
-from dycoke_jax.generation.state import DecodeState, Limits, take_token
+from dycoke_jax.generation.state import DecodeState, Limits, spread_on, take_token
 from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava
@@ -47,7 +47,8 @@ def decode(
 
     def body(state: DecodeState) -> DecodeState:
         logits, state = decode_step(network, state, layout)
-        return take_token(state, sample(logits, sampling, state.step), limits)
+        state = take_token(state, sample(logits, sampling, state.step), limits)
+        return spread_on(state, model.mesh)
 
     return jax.tree.map(_stay, jax.lax.while_loop(more, body, state))
 

@@ -6,17 +6,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from dycoke_jax.model import Model
 from dycoke_jax.models.signals import Signal
 from dycoke_jax.progress import Progress
+from dycoke_jax.sharding import DATA, MODEL, constrain, constrain_rows, data_size, model_size
 
 MAX_CHUNK = 8
 """Frames that the tower encodes in one call: a few keep any device busy, more only cost memory."""
 
-_Folded = tuple[Float[Array, "folded N ..."], ...]
-"""The tokens and then the signals, the frames of all clips one after another."""
+_Folded = tuple[Float[Array, "shards folded N ..."], ...]
+"""The tokens and then the signals, the frames of all clips of a shard one after another."""
 
 
 class Features(NamedTuple):
@@ -47,11 +49,14 @@ def encode(
     row a clip. So the programs depend on ``rows``, ``frames`` and ``signals`` only, and no frame is
     encoded that no clip has, but for those that fill up the last chunk.
 
+    On a mesh the clips of each shard of rows are folded by themselves. The devices of the shard
+    each encode an equal part of a chunk, and no frame leaves its shard.
+
     Args:
         model: the model.
         clips: at least one and at most ``rows`` clips of 1 to ``frames`` frames each, resized to
             the tower's input.
-        rows: rows of the batch (B).
+        rows: rows of the batch (B), a multiple of the shards of the mesh.
         frames: frames of a row (F).
         signals: what to compute of the vision tower besides; nothing else is.
         progress: called with the frames encoded after each chunk.
@@ -62,26 +67,37 @@ def encode(
     lengths = np.zeros(rows, np.int32)
     lengths[: len(clips)] = [len(clip) for clip in clips]
     assert lengths.max() <= frames, "a clip is longer than a row"
-    folded = np.concatenate(clips)
-    chunk = min(MAX_CHUNK, 1 << (rows * frames - 1).bit_length())
-    arrays = _empty(model, -(-rows * frames // chunk) * chunk, signals)
-    for start in range(0, len(folded), chunk):
-        part = folded[start : start + chunk]
-        filled = np.pad(part, [(0, chunk - len(part)), (0, 0), (0, 0), (0, 0)])
+    shards, lanes = data_size(model.mesh), model_size(model.mesh)
+    rows_of_shard = rows // shards
+    folded = [
+        np.concatenate([clips[0][:0], *clips[first : first + rows_of_shard]])
+        for first in range(0, rows, rows_of_shard)
+    ]
+    most = rows_of_shard * frames
+    chunk = lanes * min(MAX_CHUNK, 1 << (-(-most // lanes) - 1).bit_length())
+    arrays = _empty(model, shards, -(-most // chunk) * chunk, signals)
+    longest, total, done = max(map(len, folded)), sum(map(len, folded)), 0
+    for start in range(0, longest, chunk):
+        parts = [of_shard[start : start + chunk] for of_shard in folded]
+        filled = np.stack(
+            [np.pad(part, [(0, chunk - len(part)), (0, 0), (0, 0), (0, 0)]) for part in parts]
+        )
         arrays = _encode_chunk(model, arrays, filled, np.int32(start), signals)
+        done += sum(map(len, parts))
         if progress is not None:
             arrays[0].block_until_ready()
-            progress("encoding frames", start + len(part), len(folded))
-    tokens, *others = _unfold(arrays, lengths, frames)
+            progress("encoding frames", done, total)
+    tokens, *others = _unfold(arrays, lengths, frames, model.mesh)
     return Features(tokens, jnp.asarray(lengths), tuple(others))
 
 
-@jax.jit(static_argnames=("frames", "signals"))
-def _empty(model: Model, frames: int, signals: tuple[Signal, ...]) -> _Folded:
+@jax.jit(static_argnames=("shards", "frames", "signals"))
+def _empty(model: Model, shards: int, frames: int, signals: tuple[Signal, ...]) -> _Folded:
     side = model.config.vision.image_size
-    one = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
-    shapes = jax.eval_shape(lambda frame: _encoded(model, frame, signals), one)
-    return tuple(jnp.zeros((frames, *shape.shape[1:]), shape.dtype) for shape in shapes)
+    some = jax.ShapeDtypeStruct((shards, model_size(model.mesh), side, side, 3), jnp.uint8)
+    shapes = jax.eval_shape(lambda chunk: _encoded(model, chunk, signals), some)
+    empty = [jnp.zeros((shards, frames, *shape.shape[2:]), shape.dtype) for shape in shapes]
+    return tuple(constrain_rows(empty, model.mesh))
 
 
 # The arrays are donated, so that every chunk is written in place.
@@ -89,30 +105,45 @@ def _empty(model: Model, frames: int, signals: tuple[Signal, ...]) -> _Folded:
 def _encode_chunk(
     model: Model,
     arrays: _Folded,
-    frames: UInt8[Array, "C height width 3"],
+    frames: UInt8[Array, "shards chunk height width 3"],
     start: Int[Array, ""],
     signals: tuple[Signal, ...],
 ) -> _Folded:
-    encoded = _encoded(model, frames, signals)
+    # The language model needs all tokens of a row on each device of its shard.
+    encoded = constrain_rows(_encoded(model, frames, signals), model.mesh)
     write = jax.lax.dynamic_update_slice_in_dim
     return tuple(
-        write(array, part, start, axis=0) for array, part in zip(arrays, encoded, strict=True)
+        write(array, part, start, axis=1) for array, part in zip(arrays, encoded, strict=True)
     )
 
 
 def _encoded(
-    model: Model, frames: UInt8[Array, "C height width 3"], signals: tuple[Signal, ...]
+    model: Model,
+    frames: UInt8[Array, "shards chunk height width 3"],
+    signals: tuple[Signal, ...],
 ) -> _Folded:
-    tokens, computed = model.bind().encode_with_signals(frames, signals)
-    return tokens, *computed
+    shards, chunk = frames.shape[:2]
+    frames = constrain(frames, model.mesh, DATA, MODEL)
+    flat = constrain(frames.reshape(-1, *frames.shape[2:]), model.mesh, (DATA, MODEL))
+    tokens, computed = model.bind().encode_with_signals(flat, signals)
+    return tuple(x.reshape(shards, chunk, *x.shape[1:]) for x in (tokens, *computed))
 
 
-@jax.jit(static_argnames="frames")
+@jax.jit(static_argnames=("frames", "mesh"))
 def _unfold(
-    arrays: _Folded, lengths: Int[Array, "B"], frames: int
+    arrays: _Folded, lengths: Int[Array, "B"], frames: int, mesh: Mesh | None
 ) -> tuple[Float[Array, "B F N ..."], ...]:
     """Brings the frames of each clip to its row, and zeros where it has none."""
-    number = jnp.arange(frames)
-    places = (jnp.cumsum(lengths) - lengths)[:, None] + number
-    places = jnp.where(number < lengths[:, None], places, arrays[0].shape[0])  # out of range
-    return tuple(jnp.take(array, places, axis=0, mode="fill", fill_value=0) for array in arrays)
+
+    def of_shard(
+        array: Float[Array, "folded N ..."], lengths: Int[Array, "rows"]
+    ) -> Float[Array, "rows F N ..."]:
+        number = jnp.arange(frames)
+        places = (jnp.cumsum(lengths) - lengths)[:, None] + number
+        places = jnp.where(number < lengths[:, None], places, len(array))  # out of range
+        return jnp.take(array, places, axis=0, mode="fill", fill_value=0)
+
+    of_shards = constrain_rows(lengths.reshape(len(arrays[0]), -1), mesh)
+    unfolded = [jax.vmap(of_shard)(array, of_shards) for array in arrays]
+    rows = [x.reshape(-1, *x.shape[2:]) for x in unfolded]
+    return tuple(constrain_rows(rows, mesh))

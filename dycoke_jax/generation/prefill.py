@@ -20,10 +20,11 @@ from dycoke_jax.generation.assemble import (
 from dycoke_jax.generation.encode import Features
 from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.sampling import Sampling, sample
-from dycoke_jax.generation.state import DecodeState, Limits, take_token
+from dycoke_jax.generation.state import DecodeState, Limits, spread_on, take_token
 from dycoke_jax.generation.walk import walk_prompt
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava
+from dycoke_jax.sharding import constrain_rows
 
 
 @jax.jit(static_argnames="layout")
@@ -59,6 +60,7 @@ def begin(
         The logits of the first token, float32, and the state before it.
     """
     network, config = model.bind(), model.config
+    features, text, limits = constrain_rows((features, text, limits), model.mesh)
     if features is None:
         visual = no_visual(config, layout.rows)
     else:
@@ -70,9 +72,10 @@ def begin(
         newline = network.image_newline[...]
         visual = place_newlines(tokens, rows, newline, config.newline, config.frame_grid)
     read = read_prompt(network, visual, text, layout, int8_kv=model.kv == "int8")
-    state = jnp.take_along_axis(read.states, read.last[:, None, None], axis=1)[:, 0]
-    logits = network.logits(network.language_model.norm(state))
-    return logits, start(visual, text, read.views, limits, layout.slots.generated)
+    last = jnp.take_along_axis(read.states, read.last[:, None, None], axis=1)[:, 0]
+    logits = network.logits(network.language_model.norm(last))
+    state = start(visual, text, read.views, limits, layout.slots.generated)
+    return logits, spread_on(state, model.mesh)
 
 
 class _Sequence(NamedTuple):
@@ -111,7 +114,7 @@ def read_prompt(
             and values as computed.
     """
     language, generated = network.language_model, layout.slots.generated
-    x, sequence = _assemble(network, visual, text)
+    x, sequence = constrain_rows(_assemble(network, visual, text), network.mesh)
     views = []
     scores, before = jnp.zeros(visual.valid.shape), layout.slots
     for group in layout.groups:

@@ -4,9 +4,12 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from dycoke_jax.cache import KV
 from dycoke_jax.compression.view import View
+from dycoke_jax.sharding import constrain_rows
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +51,15 @@ class DecodeState:
     for the first token."""
     refreshed: Bool[Array, "B generated"]
     """Whether the step that made each token chose anew."""
+
+
+def spread_on(state: DecodeState, mesh: Mesh | None) -> DecodeState:
+    """Spreads the arrays of a state over a mesh, inside a program."""
+
+    def place(leaf: KV | Array) -> KV | Array:
+        return leaf.spread_on(mesh) if isinstance(leaf, KV) else constrain_rows(leaf, mesh)
+
+    return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, KV))
 
 
 def take_token(state: DecodeState, token: Int[Array, "B"], limits: Limits) -> DecodeState:

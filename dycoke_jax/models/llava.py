@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
@@ -24,15 +25,22 @@ Params = Mapping[str, Array]
 
 
 class Llava(nnx.Module):
-    """LLaVA-OneVision or LLaVA-Video, computed in the dtype of this name."""
+    """LLaVA-OneVision or LLaVA-Video, computed in the dtype of this name, on a mesh or one device.
 
-    def __init__(self, config: LlavaConfig, dtype: str = "float32") -> None:
+    On a mesh the first axis of what is computed must be a multiple of the devices: that of frames
+    of all of them, that of rows of those along ``data``.
+    """
+
+    def __init__(
+        self, config: LlavaConfig, dtype: str = "float32", mesh: Mesh | None = None
+    ) -> None:
         self.config = config
         self.dtype = dtype
-        self.vision_tower = SiglipVisionTower(config.vision, dtype)
+        self.mesh = mesh
+        self.vision_tower = SiglipVisionTower(config.vision, dtype, mesh)
         self.projector = Projector(config)
         self.image_newline = parameter(config.text.hidden_size)
-        self.language_model = Qwen2(config.text, dtype)
+        self.language_model = Qwen2(config.text, dtype, mesh)
         self.lm_head = None if config.text.tie_word_embeddings else Head(config)
 
     def encode(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C N D"]:
@@ -91,15 +99,16 @@ class Head(nnx.Module):
 
 @lru_cache(maxsize=32)
 def split(
-    config: LlavaConfig, dtype: str
+    config: LlavaConfig, dtype: str, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef[Llava], tuple[tuple[tuple, nnx.Param], ...]]:
     """Returns the structure of a network, and its parameters without values by their keys.
 
     Args:
         config: sizes and layout.
         dtype: name of the dtype of the computation.
+        mesh: the devices; None for a single one.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, dtype)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, dtype, mesh)))
     return graphdef, tuple(nnx.to_flat_state(state))
 
 

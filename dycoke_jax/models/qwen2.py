@@ -8,6 +8,7 @@ where token compression plugs in.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.cache import KV
@@ -16,6 +17,8 @@ from dycoke_jax.models.layers import Linear, RMSNorm, parameter
 from dycoke_jax.ops.attention import attention, decode_attention
 from dycoke_jax.ops.matmul import take_rows
 from dycoke_jax.ops.rope import rotate, rotations
+from dycoke_jax.ops.rows import by_row
+from dycoke_jax.sharding import constrain_heads, kv_heads_on, of_rows
 
 Rope = tuple[Float[Array, "B 1 T E"], Float[Array, "B 1 T E"]]
 
@@ -23,10 +26,10 @@ Rope = tuple[Float[Array, "B 1 T E"], Float[Array, "B 1 T E"]]
 class Qwen2(nnx.Module):
     """Token embedding, decoder layers and the final norm; the head belongs to the whole model."""
 
-    def __init__(self, config: TextConfig, dtype: str) -> None:
+    def __init__(self, config: TextConfig, dtype: str, mesh: Mesh | None = None) -> None:
         self.config = config
         self.embed_tokens = Embedding(config, dtype)
-        self.layers = nnx.List([Qwen2Layer(config) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Qwen2Layer(config, mesh) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rope(self, positions: Int[Array, "B T"]) -> Rope:
@@ -49,9 +52,9 @@ class Embedding(nnx.Module):
 class Qwen2Layer(nnx.Module):
     """A pre-norm decoder block: grouped-query attention and SwiGLU, each with a residual."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, mesh: Mesh | None) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Qwen2Attention(config)
+        self.self_attn = Qwen2Attention(config, mesh)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen2MLP(config)
 
@@ -63,8 +66,21 @@ class Qwen2Layer(nnx.Module):
         parts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The block over whole sequences, causal; ``parts`` as in ``ops.attention``."""
+        if self.self_attn.spread is None:
+            return by_row(self._prefill, x, rope, valid, parts)
+        return self._prefill(x, rope, valid, parts)
+
+    def _prefill(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        valid: Bool[Array, "B T"],
+        parts: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], KV]:
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
-        x = x + self.self_attn.join_heads(attention(q, k, v, valid, causal=True, parts=parts))
+        spread = self.self_attn.spread
+        out = attention(q, k, v, valid, causal=True, parts=parts, spread=spread)
+        x = x + self.self_attn.join_heads(out)
         return x + self.mlp(self.post_attention_layernorm(x)), KV(k, v)
 
     def decode(
@@ -104,8 +120,10 @@ class Qwen2Layer(nnx.Module):
 class Qwen2Attention(nnx.Module):
     """The projections around attention: queries, keys and values have a bias, the output none."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, mesh: Mesh | None) -> None:
         self.head_dim = config.head_dim
+        self.spread = of_rows(mesh, config)
+        self.repeats = kv_heads_on(config, mesh) // config.num_kv_heads
         inner, kv_inner = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = Linear(config.hidden_size, inner, bias=True)
         self.k_proj = Linear(config.hidden_size, kv_inner, bias=True)
@@ -115,12 +133,18 @@ class Qwen2Attention(nnx.Module):
     def project(
         self, x: Float[Array, "B T D"], rope: Rope
     ) -> tuple[Float[Array, "B H T E"], Float[Array, "B K T E"], Float[Array, "B K T E"]]:
-        """Queries and keys, rotated to their positions, and values."""
+        """Queries and keys, rotated to their positions, and values.
+
+        On a mesh, KV heads may be repeated; see ``sharding.kv_heads_on``.
+        """
 
         def heads(y: Float[Array, "B T inner"]) -> Float[Array, "B heads T E"]:
             return y.reshape(*y.shape[:2], -1, self.head_dim).swapaxes(1, 2)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.repeats > 1:
+            k, v = (jnp.repeat(x, self.repeats, axis=1) for x in (k, v))
+        q, k, v = (constrain_heads(x, self.spread) for x in (q, k, v))
         return rotate(q, rope), rotate(k, rope), v
 
     def join_heads(self, out: Float[Array, "B H T E"]) -> Float[Array, "B T D"]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from dycoke_jax.config import VisionConfig
@@ -12,6 +13,7 @@ from dycoke_jax.models.layers import LayerNorm, Linear, parameter
 from dycoke_jax.models.signals import Kind, Signal, check_signals
 from dycoke_jax.ops.attention import attention, received_attention
 from dycoke_jax.ops.matmul import matmul
+from dycoke_jax.sharding import of_frames
 
 
 def normalise(frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C height width 3"]:
@@ -22,12 +24,12 @@ def normalise(frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C heigh
 class SiglipVisionTower(nnx.Module):
     """Patch embedding, position embedding and transformer blocks: frames to patch features."""
 
-    def __init__(self, config: VisionConfig, dtype: str) -> None:
+    def __init__(self, config: VisionConfig, dtype: str, mesh: Mesh | None = None) -> None:
         self.config = config
         self.dtype = dtype
         self.patch_embedding = PatchEmbedding(config)
         self.position_embedding = PositionEmbedding(config)
-        self.layers = nnx.List([SiglipLayer(config) for _ in range(config.num_layers)])
+        self.layers = nnx.List([SiglipLayer(config, mesh) for _ in range(config.num_layers)])
 
     def __call__(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C P D"]:
         """Encodes each frame independently.
@@ -99,9 +101,9 @@ class PositionEmbedding(nnx.Module):
 class SiglipLayer(nnx.Module):
     """A pre-norm transformer block with bidirectional attention."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, mesh: Mesh | None) -> None:
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = SiglipAttention(config)
+        self.self_attn = SiglipAttention(config, mesh)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
 
@@ -122,9 +124,10 @@ class SiglipLayer(nnx.Module):
 class SiglipAttention(nnx.Module):
     """Multi-head attention over the patches of a frame."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, mesh: Mesh | None) -> None:
         width = config.hidden_size
         self.num_heads = config.num_heads
+        self.spread = of_frames(mesh)
         self.q_proj = Linear(width, width, bias=True)
         self.k_proj = Linear(width, width, bias=True)
         self.v_proj = Linear(width, width, bias=True)
@@ -133,12 +136,13 @@ class SiglipAttention(nnx.Module):
     def __call__(self, x: Float[Array, "C P D"]) -> Float[Array, "C P D"]:
         """Self-attention in which every patch attends to every patch of its frame."""
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        out = attention(q, k, v, causal=False)
+        out = attention(q, k, v, causal=False, spread=self.spread)
         return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
 
     def received(self, x: Float[Array, "C P D"]) -> Float[Array, "C P"]:
         """The attention that each patch receives: mean over heads and queries, float32."""
-        return received_attention(self._heads(self.q_proj(x)), self._heads(self.k_proj(x)))
+        q, k = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
+        return received_attention(q, k, self.spread)
 
     def _heads(self, y: Float[Array, "C P D"]) -> Float[Array, "C H P E"]:
         return y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2)

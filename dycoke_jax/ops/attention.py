@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.cache import Int8Slots
 from dycoke_jax.ops.kernels import cudnn_attention, splash_attention
+from dycoke_jax.sharding import Spread, mapped
 
 _MASKED = -1e30  # finite, so that a row without any key gives zeros and not NaN
 
@@ -28,6 +29,7 @@ def attention(
     *,
     causal: bool,
     parts: Int[Array, "B T"] | None = None,
+    spread: Spread | None = None,
 ) -> Float[Array, "B H T E"]:
     """Softmax attention of T queries over T keys, in memory linear in T.
 
@@ -46,13 +48,18 @@ def attention(
         parts: part of each slot, for independent continuations of one beginning. Keys of part 0 are
             visible to all queries, those of another part to queries of the same part only. None:
             all slots are part 0.
+        spread: how the arrays lie on a mesh; each device then computes its own rows and heads.
 
     Returns:
         The attended values, in the dtype of ``v``.
     """
-    if parts is not None:
-        return blockwise_attention(q, k, v, valid, causal=causal, parts=parts)
-    return _by_platform(q, k, v, valid, causal=causal)
+
+    def attend(q: Array, k: Array, v: Array, valid: Array | None, parts: Array | None) -> Array:
+        if parts is not None:
+            return blockwise_attention(q, k, v, valid, causal=causal, parts=parts)
+        return _by_platform(q, k, v, valid, causal=causal)
+
+    return mapped(attend, spread, (q, k, v), (valid, parts))
 
 
 # Every platform's form is traced and all but one are left out. Under jit that happens once for all
@@ -200,7 +207,7 @@ def _attend_block(
 
 
 def received_attention(
-    q: Float[Array, "B H T E"], k: Float[Array, "B H T E"]
+    q: Float[Array, "B H T E"], k: Float[Array, "B H T E"], spread: Spread | None = None
 ) -> Float[Array, "B T"]:
     """The attention that each of T keys receives from T queries, all visible to each other.
 
@@ -210,17 +217,22 @@ def received_attention(
     Args:
         q: queries, of any float dtype.
         k: keys, of the dtype of ``q``.
+        spread: how they lie on a mesh, without a division of the heads.
 
     Returns:
         Softmax weights as the mean over heads and queries, float32; those of a row sum to 1.
     """
+    assert spread is None or spread.heads is None
     everything = jnp.ones((1, q.shape[2], q.shape[2]), bool)
 
     def of_row(row: tuple[Float[Array, "H T E"], Float[Array, "H T E"]]) -> Float[Array, "T"]:
         one_q, one_k = row
         return attention_weights(one_q[None], one_k[None], everything)[0].mean((0, 1))
 
-    return jax.lax.map(of_row, (q, k))
+    def of_rows(q: Float[Array, "B H T E"], k: Float[Array, "B H T E"]) -> Float[Array, "B T"]:
+        return jax.lax.map(of_row, (q, k))
+
+    return mapped(of_rows, spread, (q, k), out_has_heads=False)
 
 
 def decode_attention(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.generation.assemble import Visual, all_rows, assemble, place_newlines
@@ -14,6 +14,7 @@ from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Llava, Params
 from dycoke_jax.models.qwen2 import Qwen2Layer, Rope
+from dycoke_jax.sharding import DATA, MODEL, constrain, constrain_rows, data_size, model_size
 from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.token_dropping import TokenDropping
 
@@ -144,6 +145,7 @@ def score_answers(
         batch.part > 0,
         batch.offset,
     )
+    x, valid, positions = constrain_rows((x, valid, positions), model.mesh)
     slots = slice(batch.prefix.shape[1], batch.prefix.shape[1] + visual.valid.shape[1])
     parts = jnp.pad(batch.part, ((0, 0), (slots.stop, 0)))
     rope = language.rope(positions)
@@ -195,10 +197,8 @@ def _visual(
     maybe_rematerialised: Callable[[Callable], Callable],
 ) -> tuple[Visual, Int[Array, "B M"]]:
     """The visual segment, and the places of its visual tokens among those of the clip."""
-    rows, frames = batch.frames.shape[:2]
-    folded = batch.frames.reshape(rows * frames, *batch.frames.shape[2:])
-    features = maybe_rematerialised(network.encode)(folded)
-    features = features.reshape(rows, frames, *features.shape[1:])
+    features = _features(network, batch.frames, maybe_rematerialised)
+    rows, frames = features.shape[:2]
     counts = jnp.where(batch.has_clip, frames, 0)
     kept = all_rows(features, counts)
     if dropping is not None and dropping.k > 0:
@@ -214,3 +214,26 @@ def _visual(
     # Slots that are not valid are never attended to and take no position, so that a row without a
     # clip is a row of text.
     return visual._replace(valid=visual.valid & batch.has_clip[:, None]), kept.places
+
+
+def _features(
+    network: Llava,
+    clips: UInt8[Array, "B F height width 3"],
+    maybe_rematerialised: Callable[[Callable], Callable],
+) -> Float[Array, "B F N D"]:
+    """The visual tokens of each frame.
+
+    On a mesh the devices that share rows each encode an equal part of their frames.
+    """
+    rows, frames = clips.shape[:2]
+    shards, mesh = data_size(network.mesh), network.mesh
+    folded = clips.reshape(shards, rows // shards * frames, *clips.shape[2:])
+    if short := -folded.shape[1] % model_size(mesh):
+        folded = jnp.pad(folded, ((0, 0), (0, short), (0, 0), (0, 0), (0, 0)))
+    folded = constrain(folded, mesh, DATA, MODEL)
+    flat = constrain(folded.reshape(-1, *clips.shape[2:]), mesh, (DATA, MODEL))
+    features = maybe_rematerialised(network.encode)(flat)
+    # The language model needs all tokens of a row on each device that holds the row.
+    features = constrain(features.reshape(*folded.shape[:2], *features.shape[1:]), mesh, DATA)
+    features = features[:, : rows // shards * frames]
+    return constrain(features.reshape(rows, frames, *features.shape[2:]), mesh, DATA)

@@ -1,6 +1,7 @@
 """One training step, as a pure function of the state and the batch."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,6 +16,12 @@ from dycoke_jax.models.llava import Params
 from dycoke_jax.models.quantisation import is_int8
 from dycoke_jax.training.batches import Batch
 from dycoke_jax.training.loss import AuxiliaryLoss, Scores, score_answers
+from dycoke_jax.training.placement import (
+    as_weights,
+    check_rows,
+    constrain_as_weights,
+    constrain_steps,
+)
 from dycoke_jax.training.token_dropping import TokenDropping
 
 
@@ -184,12 +191,13 @@ def module_of(path: str) -> str:
             return "language"
 
 
-def start(settings: Optimisation, model: Model) -> TrainState:
+def start(settings: Optimisation, model: Model, *, fsdp: bool = False) -> TrainState:
     """The state before the first step, with weights copied to float32.
 
     Args:
         settings: settings of the optimiser.
         model: the model; its weights are in any float dtype and hold those of auxiliary losses too.
+        fsdp: spread weights and moments over the ``data`` of the model's mesh too.
 
     Raises:
         ConfigError: if weights are int8.
@@ -200,11 +208,18 @@ def start(settings: Optimisation, model: Model) -> TrainState:
         )
     # The weights are copied, because the first step donates the buffers of its state.
     params = {path: jnp.array(x, jnp.float32) for path, x in model.params.items()}
-    moments = optimiser(settings).init(_trained(settings, params))
-    return TrainState(jnp.int32(0), replace(model, params=params, dtype=settings.dtype), moments)
+    step, make_moments = jnp.int32(0), optimiser(settings).init
+    if model.mesh is not None:
+        place = partial(as_weights, config=model.config, mesh=model.mesh, fsdp=fsdp)
+        step, params = jax.device_put((step, params), place((step, params)))
+        # Made where they lie: on one device there may be no room for them.
+        shapes = jax.eval_shape(make_moments, _trained(settings, params))
+        make_moments = jax.jit(make_moments, out_shardings=place(shapes))
+    moments = make_moments(_trained(settings, params))
+    return TrainState(step, replace(model, params=params, dtype=settings.dtype), moments)
 
 
-@jax.jit(static_argnames=("settings", "dropping", "auxiliary"), donate_argnames="state")
+@jax.jit(static_argnames=("settings", "dropping", "auxiliary", "fsdp"), donate_argnames="state")
 def train_step(
     settings: Optimisation,
     state: TrainState,
@@ -214,11 +229,14 @@ def train_step(
     dropping: TokenDropping | None = None,
     auxiliary: tuple[AuxiliaryLoss, ...] = (),
     seed: Int[Array, ""] | int = 0,
+    fsdp: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Updates the weights once.
 
     The loss is the mean cross entropy of the answer tokens of the whole batch, plus the mean of the
     auxiliary losses over the accumulation axis, weighted by the number of answer tokens.
+
+    On a mesh the rows are spread over ``data``, and every device updates the weights that it holds.
 
     Args:
         settings: settings of the optimiser (static).
@@ -229,11 +247,18 @@ def train_step(
         dropping: which visual tokens are dropped (static). None: all are kept.
         auxiliary: auxiliary losses (static).
         seed: seed of random token dropping, 0 or more.
+        fsdp: as for ``start`` (static).
 
     Returns:
         The state after the step, and the metrics of the step.
+
+    Raises:
+        ConfigError: if the mesh cannot divide the rows.
     """
     model = state.model
+    check_rows(batch.ids.shape[1], model.mesh)
+    batch, targets = constrain_steps((batch, targets), model.mesh)
+    spread = partial(constrain_as_weights, config=model.config, mesh=model.mesh, fsdp=fsdp)
     trained = _trained(settings, model.params)
 
     def loss(
@@ -254,6 +279,7 @@ def train_step(
 
     def accumulate(total: tuple, part: tuple[Batch, Any, Array]) -> tuple[tuple, None]:
         (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *part)
+        gradient = spread(gradient)
         counts = (
             scores.loss,
             scores.tokens,
@@ -265,7 +291,7 @@ def train_step(
 
     steps = batch.ids.shape[0]
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), steps)
-    zero = jax.tree.map(jnp.zeros_like, trained)
+    zero = spread(jax.tree.map(jnp.zeros_like, trained))
     nothing = (zero, (jnp.float32(0), *(jnp.int32(0),) * 4))
     (gradient, counts), _ = jax.lax.scan(accumulate, nothing, (batch, targets, keys))
     summed, tokens, right_tokens, right, asked = counts
@@ -279,4 +305,5 @@ def train_step(
         learning_rate=schedule(settings)(state.step),
     )
     params = {**model.params, **optax.apply_updates(trained, updates)}
-    return TrainState(state.step + 1, replace(model, params=params), moments), metrics
+    step, params, moments = spread((state.step + 1, params, moments))
+    return TrainState(step, replace(model, params=params), moments), metrics
