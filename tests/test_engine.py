@@ -1,11 +1,14 @@
 """A stream of requests: full batches, failures as items, bounded memory, nothing compiled anew."""
 
+import gc
 import os
 import threading
 import time
 import weakref
 from itertools import chain, count, repeat
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from support.tiny import SIDE, tiny_model
@@ -83,6 +86,29 @@ def test_a_mixed_stream_runs_in_full_batches_and_compiles_nothing(model, clips, 
         if isinstance(alone, Piece):
             assert answers[alone.index].token_ids == alone.answer.token_ids
             assert answers[alone.index].tokens == alone.answer.tokens
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_over_a_long_stream(model, clips):
+    """Live arrays and resident memory: at most 2 % above those of the first 50 requests."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    clips = {frames: clips[frames] for frames in (3, 4)}
+
+    def run(seed):
+        live, resident = [], []
+        results = model.run(mixed(clips, seed), compression=METHOD)
+        for number, _ in enumerate(results, 1):
+            if number > 50:
+                live.append(sum(array.nbytes for array in jax.live_arrays()))
+                resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
+        return live, resident
+
+    run(seed=6)  # compiles
+    gc.collect()
+    live, resident = run(seed=7)
+    assert len(live) == 150
+    assert max(live) <= 1.02 * max(live[:20])
+    assert max(resident) <= 1.02 * max(resident[:20])
 
 
 @pytest.mark.parametrize("seed", range(6))
