@@ -66,13 +66,17 @@ class KV(NamedTuple):
         That is one slice update of each array, in place where the cache is donated. A cache that is
         int8 quantises what is written to it.
         """
-        if isinstance(self.keys, Int8Slots):
-            new = new.int8()
 
         def written(x: Array, of_new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(x, of_new.astype(x.dtype), slot, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(x, of_new, slot, axis=2)
 
-        return self._each(written, new)
+        return self._each(written, self.as_stored(new))
+
+    def as_stored(self, new: "KV") -> "KV":
+        """Returns slots as this cache stores them: in its dtype, or quantised if it is int8."""
+        if isinstance(self.keys, Int8Slots):
+            new = new.int8()
+        return self._each(lambda x, of_new: of_new.astype(x.dtype), new)
 
     @staticmethod
     def join(parts: "list[KV]") -> "KV":

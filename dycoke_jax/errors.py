@@ -29,6 +29,10 @@ class RequestError(DycokeError, ValueError):
     """A combination of arguments that is not a valid request."""
 
 
+class HostError(DycokeError):
+    """A run in several processes that cannot go on, such as because another process has ended."""
+
+
 class OutputError(DycokeError):
     """A result that cannot be written to its destination."""
 

@@ -8,11 +8,15 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
+
+from dycoke_jax.checks import shown
 from dycoke_jax.errors import CheckpointError, DycokeError, OutputError
 
 
@@ -65,22 +69,53 @@ def staged_folder(destination: Path) -> Iterator[Path]:
 
     The temporary folder has the same parent as the destination. It is removed if the block raises,
     including on KeyboardInterrupt. A process that is killed leaves it behind under its hidden name,
-    never at the destination.
+    never at the destination; the next one with the same destination removes it.
 
     Raises:
-        CheckpointError: if the folder cannot be written, or the destination has been created in
-            the meantime.
+        CheckpointError: if the folder cannot be written, another process is writing to the same
+            destination, or the destination has been created in the meantime.
     """
-    temporary = destination.parent / f".{destination.name}.tmp-{secrets.token_hex(4)}"
+    hidden = f".{destination.name}.tmp-"
+    temporary = destination.parent / f"{hidden}{secrets.token_hex(4)}"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(absent(destination))
+        with _sole_writer(destination):
+            for left_behind in destination.parent.iterdir():
+                if left_behind.name.startswith(hidden):
+                    shutil.rmtree(left_behind, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                yield temporary
+                temporary.rename(absent(destination))
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot write {destination}: {error}") from error
+
+
+@contextmanager
+def _sole_writer(destination: Path) -> Iterator[None]:
+    """Holds a lock, a hidden file beside the destination, which ends with the process at the latest.
+
+    Raises:
+        CheckpointError: if another process holds it.
+        OSError: if it cannot be written.
+    """
+    path = destination.with_name(f".{destination.name}.lock")
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise CheckpointError(
+            f"another process is writing {destination}; wait for it or choose another destination"
+        ) from None
+    try:
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # Removed while it is held: afterwards it may be another's. Not all systems can do that.
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
 
 
 def read_json_object(path: Path, error: type[DycokeError] = CheckpointError) -> dict[str, Any]:
@@ -95,13 +130,31 @@ def read_json_object(path: Path, error: type[DycokeError] = CheckpointError) -> 
     """
     try:
         # Of bytes, the parser finds the encoding by itself, with or without a byte order mark.
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise error(f"{path.parent} has no {path.name}") from None
     except (ValueError, OSError, RecursionError) as cause:
         raise error(f"{path} is not readable as JSON ({cause})") from cause
     if not isinstance(content, dict):
         raise error(f"{path} must hold an object, not {type(content).__name__}")
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """Parses JSON in which no object has a key twice; others would read it in their own way.
+
+    Raises:
+        ValueError: if it is not JSON, or has a key twice.
+        RecursionError: if it is nested too deeply.
+    """
+    return json.loads(content, object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {shown(counts.most_common(1)[0][0])} is there twice")
     return content
 
 

@@ -32,6 +32,7 @@ from dycoke_jax.engine.requests import (
 )
 from dycoke_jax.engine.warm_up import WarmUp, layouts_of, warm_up
 from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
+from dycoke_jax.hosts import failures_of_others, processes_of
 from dycoke_jax.inputs.any_video import Video
 from dycoke_jax.inputs.chat_template import template_of
 from dycoke_jax.inputs.prompts import Conversation, Prompting, Tokenizer, encode_answer, stop_ids
@@ -151,6 +152,7 @@ class LlavaVideo:
         _check_loading(dtype, weights, kv, progress)
         if mesh is not None and not isinstance(mesh, Mesh):
             mesh = make_mesh(mesh)
+        processes_of(mesh)  # refuses a mesh that does not give each process rows of its own
         return cls(
             replace(checkpoint.load(dtype, progress, weights, mesh, fsdp=fsdp), kv=kv),
             checkpoint.tokenizer,
@@ -320,7 +322,9 @@ class LlavaVideo:
         return schedule.run(
             self.model,
             self.tokenizer,
-            partial(self.prepare, progress=progress if is_single else None),
+            partial(
+                self.prepare, compression=compression, progress=progress if is_single else None
+            ),
             requests,
             compression,
             stop_ids=self.stop_ids,
@@ -379,24 +383,27 @@ class LlavaVideo:
         requests = _requests(videos, prompts, lengths, sampling, prompting, allow_damaged)
         batches = schedule.form_batches(
             self.config,
-            self.prepare,
+            partial(self.prepare, compression=compression),
             requests,
             compression,
             batch_size=batch_size,
+            processes=processes_of(self.model.mesh),
             progress=progress,
         )
         scored: dict[int, Likelihood] = {}
-        with closing(batches):
+        with closing(batches), failures_of_others():
             for batch in batches:
                 if isinstance(batch, Failure):
                     raise batch.error
+                rows = schedule.place(batch, self.model.mesh)
                 of_batch = score_batch(
                     self.model,
-                    [queued.prepared for queued in batch],
-                    [ids[queued.index] for queued in batch],
+                    [None if queued is None else queued.prepared for queued in rows],
+                    [() if queued is None else ids[queued.index] for queued in rows],
                     compression,
                     progress=progress,
                 )
+                batch = [queued for queued in rows if queued is not None]
                 scored |= {one.index: like for one, like in zip(batch, of_batch, strict=True)}
         return [scored[index] for index in range(len(requests))]
 
@@ -444,7 +451,7 @@ class LlavaVideo:
         side = self.config.vision.image_size
         clip = np.zeros((1, side, side, 3), np.uint8)
         words = replace(prompting, time_text=False)  # an array has no times
-        shortest = self.prepare(Request("a", clip, prompting=words)).prompt
+        shortest = self.prepare(Request("a", clip, Decoding(1), prompting=words)).prompt
         prompts = [
             replace(shortest, after=shortest.after + (0,) * (tokens - 1))
             for tokens in question_tokens
@@ -454,17 +461,29 @@ class LlavaVideo:
         )
         return warm_up(self.model, layouts, progress)
 
-    def prepare(self, request: Request, *, progress: Progress | None = None) -> Prepared:
+    def prepare(
+        self,
+        request: Request,
+        *,
+        compression: Compressor | None = None,
+        progress: Progress | None = None,
+    ) -> Prepared:
         """Prepares a request for the device: reads its clip and encodes its prompt.
 
+        Args:
+            request: the request.
+            compression: what it will be answered with; it leaves more room for text.
+            progress: called after each decoded frame.
+
         Raises:
-            DycokeError: VideoError, PromptError or RequestError.
+            DycokeError: VideoError, PromptError, RequestError or ConfigError.
         """
         checks.instance("request", request, Request, error=RequestError)
         return prepare(
             request,
             self.tokenizer,
-            self.config.vision.image_size,
+            self.config,
+            compression,
             chat_template=self.chat_template,
             progress=progress,
         )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -75,7 +76,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: str | Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """Makes a mesh of all devices.
+    """Makes a mesh of all devices; those of a process have rows of their own along ``data``.
 
     Args:
         sizes: sizes of the axes ``data`` and ``model``, as text or by name.
@@ -96,6 +97,17 @@ def make_mesh(sizes: str | Mapping[str, int], devices: list[jax.Device] | None =
             f"whose product is {len(devices)}"
         )
     kinds = (AxisType.Auto, AxisType.Auto)
+    processes = len({device.process_index for device in devices})
+    if processes > 1 and sizes[DATA] % processes == 0:
+        # Each process gets rows of its own, and only ``model`` needs the fastest links.
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[DATA] // processes, sizes[MODEL]),
+            (processes, 1),
+            devices,
+            process_is_granule=True,
+            allow_split_physical_axes=True,
+        )
+        return Mesh(grid, (DATA, MODEL), kinds)
     return jax.make_mesh((sizes[DATA], sizes[MODEL]), (DATA, MODEL), kinds, devices=devices)
 
 
@@ -163,7 +175,7 @@ def weight_spec(
         _INNER: text.intermediate_size % size == 0,
         _VOCABULARY: text.vocab_size % size == 0,
     }
-    found = next((of for pattern, of in _TABLE if re.fullmatch(pattern + "(_scale)?", path)), ())
+    found = next((of for pattern, of in _TABLE if re.fullmatch(f"({pattern})(_scale)?", path)), ())
     axes: list[str | None] = [None] * len(shape)
     for number, what in enumerate(found[: len(shape)]):
         if what is not None and spread[what]:

@@ -21,6 +21,7 @@ FLOORS = (
     ("cli",),
     ("demo",),
     ("recipes",),
+    ("targets",),
     ("bench", "inspection", "evaluation", "jobs", "training"),
     ("llava_video",),
     ("engine", "tasks"),

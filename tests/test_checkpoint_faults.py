@@ -392,25 +392,65 @@ def test_file_that_shrinks_while_it_is_read(hf: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_killed_conversion_never_shows_a_destination(hf: Path, tmp_path: Path):
-    code = """
-import os, signal, sys
-from dycoke_jax.checkpoint import convert
-def progress(what, done, total):
-    if done > total / 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-convert(sys.argv[1], sys.argv[2], progress=progress)
+KILLED = """
+import sys
+from dycoke_jax.checkpoint import convert, orbax_folder
+orbax_folder._WRITE_BYTES = 2_000_000
+print("started", flush=True)
+convert(sys.argv[1], sys.argv[2])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(hf), str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    assert len([*tmp_path.glob(".out.tmp-*")]) == 1
-    convert(hf, tmp_path / "out")
-    assert load(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(tmp_path: Path):
+    """Six are killed after random times, one that writes at least; then one is left alone.
+
+    What each leaves behind, its successor removes.
+    """
+    hf = tiny_llava_hf(tmp_path / "hf", text={"vocab_size": 60_000}, shards="4MB")
+    out, rng, reached = tmp_path / "out", np.random.default_rng(7), set()
+    for number in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(hf), str(out)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        with process, process.stdout:
+            process.stdout.readline()
+            while number and not [*tmp_path.glob(".out.tmp-*/*")]:
+                assert process.poll() is None
+            time.sleep(rng.uniform(0, 0.4))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert not out.exists()
+        left = [*tmp_path.glob(".out.tmp-*")]
+        assert len(left) <= 1
+        for folder in left:
+            reached |= {path.name for path in folder.rglob("*") if path.is_file()}
+            with pytest.raises(DycokeError):
+                load(folder)
+    assert {"config.json", "manifest.ocdbt"} <= reached
+    convert(hf, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+    expected = load(hf)
+    for path, weight in load(out).items():
+        np.testing.assert_array_equal(weight, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("action", [convert, export])
+def test_two_processes_do_not_write_the_same_destination(
+    hf: Path, tmp_path: Path, action: Callable[..., None]
+):
+    """The lock of a process that was killed is no obstacle."""
+    with filelock.FileLock(tmp_path / ".out.lock"), pytest.raises(CheckpointError) as refused:
+        action(hf, tmp_path / "out")
+    assert "another process is writing" in str(refused.value)
+    (tmp_path / ".out.lock").write_text("")
+    (tmp_path / ".out.tmp-0123").mkdir()
+    (tmp_path / ".out2.tmp-0123").mkdir()
+    action(hf, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out", ".out2.tmp-0123"}
 
 
 def test_destination_that_cannot_be_written(hf: Path, tmp_path: Path):

@@ -136,7 +136,9 @@ def test_attention_to_an_int8_cache_is_that_to_its_numbers():
     rng = np.random.default_rng(2)
     cache, q = kv(3), rng.standard_normal((2, 6, 1, 8), np.float32)
     visible = np.array([[1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]], bool)
-    out, weights = decode_attention(jnp.asarray(q), *cache.int8(), jnp.asarray(visible))
+    own = cache.part(2, 3).int8()
+    stored = cache.write(KV(cache.keys[:, :, :1] + 5, cache.values[:, :, :1]), 2).int8()
+    out, weights = decode_attention(jnp.asarray(q), stored, own, 2, jnp.asarray(visible))
     k, v = (np.repeat(x[0] * x[1][..., None], 2, axis=1) for x in map(plain_int8, cache))
     scores = np.einsum("bhqe,bhse->bhs", q, k) * 8**-0.5
     expected = np.where(visible[:, None], np.exp(scores), 0)

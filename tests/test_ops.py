@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.plain_attention import plain_attention
 
+from dycoke_jax.cache import KV
 from dycoke_jax.compression.protocol import Rows
 from dycoke_jax.generation.assemble import all_rows, newline_slots, place_newlines
 from dycoke_jax.ops.attention import attention, blockwise_attention, decode_attention
@@ -68,7 +69,14 @@ def test_attention_keeps_parts_apart(length):
 def test_decode_attention_and_its_weights():
     q, k, v = normal(0, 2, 6, 1, 8), normal(1, 2, 2, 30, 8), normal(2, 2, 2, 30, 8)
     valid = np.random.default_rng(3).random((2, 30)) < 0.5
-    out, weights = decode_attention(*map(jnp.asarray, (q, k, v, valid)))
+    valid[:, 17] = True
+    cache, own = (
+        KV(*map(jnp.asarray, (k, v))),
+        KV(*map(jnp.asarray, (k[:, :, 17:18], v[:, :, 17:18]))),
+    )
+    # What the cache holds in the slot of the query's own key and value is not read.
+    cache = cache.write(KV(own.keys + 5, own.values - 7), 17)
+    out, weights = decode_attention(jnp.asarray(q), cache, own, 17, jnp.asarray(valid))
     np.testing.assert_allclose(out, plain_attention(q, k, v, valid[:, None]), atol=2e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     assert (np.asarray(weights)[~np.broadcast_to(valid[:, None], weights.shape)] == 0).all()

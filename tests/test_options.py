@@ -93,7 +93,8 @@ def test_the_list_of_commands_says_what_the_help_of_each_says(command):
 def test_train_passes_the_settings_of_its_options(tmp_path, monkeypatch):
     calls = []
 
-    def fine_tune(folder, what, intervals, progress):
+    def fine_tune(folder, what, intervals, progress, **places):
+        assert places == {"mesh": None, "fsdp": False}
         calls.append((folder, what, intervals))
         return folder
 

@@ -19,7 +19,7 @@ DOCS = ROOT / "docs"
 PAGES = (
     README,
     ACCURACY,
-    *(DOCS / f"{name}.md" for name in ("architecture", "performance", "training", "videos")),
+    *(DOCS / f"{name}.md" for name in ("architecture", "jobs", "performance", "training", "videos")),
 )
 
 

@@ -53,6 +53,30 @@ def test_candidates_are_those_of_transformers(seed, size, temperature, top_k, to
             assert abs(cumulative[rank - 1] - top_p) < 1e-5
 
 
+def test_a_large_vocabulary_has_the_candidates_of_transformers():
+    scores = np.random.default_rng(3).normal(size=(4, 5000)).astype(np.float32) * 3
+    scores[1, ::7] = scores[1, 0]  # equal scores
+    scores[2] = -np.abs(scores[2])
+    scores[3, 100:] = -np.inf
+    wanted = TopPLogitsWarper(0.9)(None, TopKLogitsWarper(50)(None, torch.from_numpy(scores)))
+    allowed = _allowed(jnp.asarray(scores), jnp.full(4, 50), jnp.full(4, 0.9))
+    several = np.isfinite(scores) & (scores >= np.sort(scores)[:, [-50]])
+    for row in (0, 2, 3):
+        np.testing.assert_array_equal(allowed[row], torch.isfinite(wanted[row]))
+    assert not np.any(np.asarray(allowed) & ~several)
+    # Of equal scores transformers takes some, and we take all or none.
+    assert np.asarray(allowed)[1, ::7].all() or not np.asarray(allowed)[1, ::7].any()
+
+
+@pytest.mark.parametrize(
+    ("k", "p", "wanted"), [(2, 1.0, 2), (0, 0.05, 1), (0, 1.0, 6), (5, 0.8, 2)]
+)
+def test_candidates_of_known_probabilities(k, p, wanted):
+    scores = jnp.log(jnp.array([[0.05, 0.5, 0.1, 0.3, 0.03, 0.02]]))
+    allowed = _allowed(scores, jnp.array([k]), jnp.array([p]))
+    assert int(allowed.sum()) == wanted
+
+
 def test_temperature_zero_is_greedy_even_beside_a_row_that_draws():
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40)), jnp.float32)
     mixed = Sampling(

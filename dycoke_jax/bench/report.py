@@ -41,7 +41,7 @@ def headline(results: Results) -> str:
     machine = results.machine
     device = machine["processor"] if machine["platform"] == "cpu" else machine["device"]
     return (
-        f"{results.model}, {machine['dtype']}, {_bytes(results.weights)} of weights, on {device} "
+        f"{results.model}, {machine['dtype']}, {size(results.weights)} of weights, on {device} "
         f"({machine['platform']}, cores: {machine['cores']}), jax {machine['jax']}: medians of "
         f"{results.rounds} interleaved rounds, {results.new_tokens} new tokens\n"
         f"the machine in the same rounds: {_spread(results.matrix, 1e9)} GFLOP/s of a matrix "
@@ -97,7 +97,7 @@ def limits(results: Results) -> Table:
                 seconds(found.median),
                 f"{seconds(found.low)} .. {seconds(found.high)}",
                 _digits(cost.flops / 1e9) if cost and cost.flops else "",
-                _bytes(cost.bytes) if cost else "",
+                size(cost.bytes) if cost else "",
                 seconds(stage.limit.seconds),
                 stage.limit.bound,
                 f"{100 * stage.share:.0f} %",
@@ -168,6 +168,11 @@ def seconds(value: float) -> str:
     return _in_units(value, (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)))
 
 
+def size(count: float) -> str:
+    """A number of bytes with three digits and its unit."""
+    return _in_units(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)))
+
+
 def _lines(rows: Sequence[Row], other: str) -> dict[str, list[Row]]:
     """Rows by what the lines of the plot differ in: compression and ``other``."""
     lines: dict[str, list[Row]] = {}
@@ -215,7 +220,7 @@ def _times(medians: Mapping[str, float], stages: Sequence[str], batch: int) -> l
 
 
 def _memory(peak: Peak | None) -> tuple[str, str]:
-    return ("", "") if peak is None else (_bytes(peak.whole), _bytes(peak.above))
+    return ("", "") if peak is None else (size(peak.whole), size(peak.above))
 
 
 def _spread(values: Spread, unit: float = 1.0) -> str:
@@ -226,10 +231,6 @@ def _spread(values: Spread, unit: float = 1.0) -> str:
 def _digits(value: float) -> str:
     """Three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 99.5 else f"{value:#.3g}"
-
-
-def _bytes(count: int) -> str:
-    return _in_units(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)))
 
 
 def _in_units(value: float, units: Sequence[tuple[str, float]]) -> str:

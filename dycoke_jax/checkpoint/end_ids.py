@@ -40,12 +40,12 @@ def read_end_ids(folder: Path, vocab_size: int) -> tuple[tuple[int, ...], tuple[
     outside = [token for token in ids if not 0 <= token < vocab_size]
     notes: tuple[str, ...] = ()
     if outside:
-        listed = ", ".join(map(shown, outside))
+        listed = ", ".join(map(shown, outside[:10])) + (", ..." if outside[10:] else "")
         notes = (
             f"{_KEY} of {file} holds ids outside the vocabulary of {vocab_size} tokens, which are "
             f"left out: {listed}",
         )
-    return tuple(token for token in ids if token not in outside), notes
+    return tuple(token for token in ids if 0 <= token < vocab_size), notes
 
 
 def copy_end_ids(source: Path, target: Path, vocab_size: int) -> None:

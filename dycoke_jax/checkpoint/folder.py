@@ -8,6 +8,7 @@ from dycoke_jax.checkpoint.hf_config import read_config
 from dycoke_jax.checkpoint.hf_folder import hf_weights
 from dycoke_jax.checkpoint.location import locate
 from dycoke_jax.checkpoint.orbax_folder import PARAMS, orbax_weights
+from dycoke_jax.checkpoint.regular_files import check_files
 from dycoke_jax.checkpoint.safetensors_reader import left_aside, safetensors_names
 from dycoke_jax.checkpoint.tensors import Weights
 from dycoke_jax.config import LlavaConfig
@@ -57,6 +58,7 @@ def open_folder(name_or_path: str | Path) -> Folder:
         ConfigError: if ``config.json`` describes a model that is not supported.
     """
     path = locate(name_or_path)
+    check_files(path)
     config = read_config(read_json_object(path / CONFIG))
     if (path / PARAMS).is_dir():
         return Folder(path, config, "orbax", _notes(safetensors_names(path)))

@@ -19,6 +19,9 @@ from dycoke_jax.errors import ConfigError
 _LLAVA_ONEVISION, _QWEN2, _SIGLIP = "llava_onevision", "qwen2", "siglip_vision_model"
 _LMMS_LAB_TYPES = ("llava", "llava_qwen")
 
+_MOST_LAYERS, _LARGEST = 400, 2**31 - 1
+"""The largest number of layers and the largest other size; Qwen2-72B has 80 layers."""
+
 
 def read_config(config: Mapping[str, Any]) -> LlavaConfig:
     """Makes a model configuration of a parsed ``config.json``.
@@ -39,8 +42,8 @@ def read_config(config: Mapping[str, Any]) -> LlavaConfig:
     except KeyError as error:
         raise ConfigError(f"config.json lacks the key {error.args[0]!r}") from error
     raise ConfigError(
-        f"config.json: model_type is {model_type!r}; supported are llava_onevision (llava-hf) "
-        "and llava or llava_qwen (lmms-lab)"
+        f"config.json: model_type is {checks.shown(model_type)}; supported are llava_onevision "
+        "(llava-hf) and llava or llava_qwen (lmms-lab)"
     )
 
 
@@ -195,7 +198,8 @@ def _layers_run(config: Mapping[str, Any], depth: int) -> int:
         layer = layer[0]
     if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= abs(layer) <= depth:
         raise ConfigError(
-            f"vision_feature_layer is {layer!r}; supported is one layer of the {depth}-layer tower"
+            f"vision_feature_layer is {checks.shown(layer)}; supported is one layer of the "
+            f"{depth}-layer tower"
         )
     # The value indexes the tower's hidden_states: 0 is the embedding's output, -1 the last block's.
     return layer if layer >= 0 else depth + 1 + layer
@@ -213,8 +217,8 @@ def _tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
             if PureWindowsPath(name).name == PureWindowsPath(known).name:
                 return sizes
     raise ConfigError(
-        f"mm_vision_tower is {name!r}; supported are {', '.join(_TOWERS)} and any SigLIP "
-        "tower that the file describes under vision_config"
+        f"mm_vision_tower is {checks.shown(name)}; supported are {', '.join(_TOWERS)} and any "
+        "SigLIP tower that the file describes under vision_config"
     )
 
 
@@ -247,9 +251,11 @@ def _vision(config: Mapping[str, Any], num_layers: int) -> VisionConfig:
 def _text(config: Mapping[str, Any], tied: bool) -> TextConfig:
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list):
-        raise ConfigError(f"config.json: layer_types must be a list, not {kinds!r}")
+        raise ConfigError(f"config.json: layer_types must be a list, not {checks.shown(kinds)}")
     if sliding := [kind for kind in kinds if kind != "full_attention"]:
-        raise ConfigError(f"layer_types holds {sliding[0]!r}; only full_attention is supported")
+        raise ConfigError(
+            f"layer_types holds {checks.shown(sliding[0])}; only full_attention is supported"
+        )
     hidden = _integer(config, "hidden_size", _QWEN2)
     heads = _integer(config, "num_attention_heads", _QWEN2)
     head_dim = config.get("head_dim")
@@ -289,7 +295,8 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         entries = [rope, *(entry for entry in rope.values() if isinstance(entry, Mapping))]
         if not isinstance(of_layers, Mapping) or not all(map(_is_default_rope, entries)):
             raise ConfigError(
-                f"config.json: {key} is {rope!r}; only the default rotary embedding is supported"
+                f"config.json: {key} is {checks.shown(rope)}; only the default rotary embedding "
+                "is supported"
             )
         chosen = of_layers or chosen
     for place in (chosen, config):
@@ -308,14 +315,14 @@ def _check(config: Mapping[str, Any], rules: Mapping[str, tuple], prefix: str = 
         if key in config and config[key] not in allowed:
             wanted = " or ".join(repr(value) for value in allowed)
             raise ConfigError(
-                f"config.json: {prefix}{key} is {config[key]!r}, which is not supported "
-                f"(supported: {wanted})"
+                f"config.json: {prefix}{key} is {checks.shown(config[key])}, which is not "
+                f"supported (supported: {wanted})"
             )
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(config[key], Mapping):
-        raise ConfigError(f"config.json: {key} must be an object, not {config[key]!r}")
+        raise ConfigError(f"config.json: {key} must be an object, not {checks.shown(config[key])}")
     return config[key]
 
 
@@ -340,7 +347,11 @@ def _number(config: Mapping[str, Any], key: str, model_type: str) -> float:
 
 def _as_integer(value: Any, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"config.json: {key} must be an integer, not {value!r}")
+        raise ConfigError(f"config.json: {key} must be an integer, not {checks.shown(value)}")
+    # Refused here because a description of every layer is made before weights are looked at.
+    most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+    if value > most:
+        raise ConfigError(f"config.json: {key} is {checks.shown(value)}; it must be at most {most}")
     return value
 
 

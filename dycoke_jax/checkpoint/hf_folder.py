@@ -78,6 +78,7 @@ def hf_weights(folder: Path, config: LlavaConfig) -> Weights:
         params={path: info for path, info in infos.items() if path in expected},
         carried={path: info for path, info in infos.items() if path not in expected},
         stream=stream,
+        part=lambda path, index: read_tensor(stored[path], index),
     )
 
 

@@ -28,7 +28,7 @@ _WRITE_BYTES = 256 * 2**20
 _READ_BYTES = 64 * 2**20
 # Arrays are stored in chunks of at most this size: a device that restores its shard of an array
 # reads only the chunks that overlap it.
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 16 * 2**20
 
 
 def write_orbax(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], used: set[str]) -> None:

@@ -5,6 +5,7 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
+from dycoke_jax.checks import shown
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import read_json_object
 
@@ -41,12 +42,14 @@ def check_processor(folder: Path, size: int) -> None:
         for key, wanted in _MUST_BE.items():
             if settings.get(key) is not None and not _equal(settings[key], wanted):
                 raise ConfigError(
-                    f"{name}: {key} is {settings[key]!r}, which is not supported "
+                    f"{name}: {key} is {shown(settings[key])}, which is not supported "
                     f"(supported: {wanted!r})"
                 )
         sides = settings.get("size")
         if sides is not None and sides not in (size, {"height": size, "width": size}):
-            raise ConfigError(f"{name}: size is {sides}; the vision tower takes {size} x {size}")
+            raise ConfigError(
+                f"{name}: size is {shown(sides)}; the vision tower takes {size} x {size}"
+            )
 
 
 def _processors(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

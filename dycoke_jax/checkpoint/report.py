@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from dycoke_jax.errors import CheckpointError
+from dycoke_jax.errors import CheckpointError, printable
 
 Kind = Literal[
     "file", "index", "unknown", "duplicate", "wrong dtype", "wrong shape", "tied head", "missing"
 ]
+
+
+_MOST_LINES = 200
+"""Problems that are listed; a file that is full of them would fill the terminal."""
+_LONGEST_LINE = 1000  # characters
 
 
 class CheckpointWarning(UserWarning):
@@ -28,9 +33,13 @@ class Report:
 
         Args:
             kind: the kind of problem, which starts its line.
-            text: a description that names the tensor or file; line breaks become spaces.
+            text: a description that names the tensor or file. It is made one line: control codes
+                in names are escaped, and endless names cut.
         """
-        self._problems.append((kind, " ".join(text.split())))
+        text = " ".join(text.split())
+        if len(text) > _LONGEST_LINE:
+            text = f"{text[:_LONGEST_LINE]}... ({len(text)} characters)"
+        self._problems.append((kind, printable(text)))
 
     def raise_if_any(self, folder: Path) -> None:
         """Raises an error if any problem was added.
@@ -39,7 +48,8 @@ class Report:
             folder: the checkpoint's folder, named in the message.
 
         Raises:
-            CheckpointError: with the number of problems by kind, and one line for each problem.
+            CheckpointError: with the number of problems by kind, and one line for each of the
+                first 200.
         """
         if not self._problems:
             return
@@ -47,7 +57,9 @@ class Report:
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         total = len(self._problems)
         lines = [f"{folder}: {total} problem{'s' if total > 1 else ''} with the weights: {summary}"]
-        lines += [f"  {kind}: {text}" for kind, text in self._problems]
+        lines += [f"  {kind}: {text}" for kind, text in self._problems[:_MOST_LINES]]
+        if total > _MOST_LINES:
+            lines.append(f"  ... and {total - _MOST_LINES} more")
         raise CheckpointError("\n".join(lines))
 
 

@@ -10,12 +10,15 @@ from safetensors import SafetensorError, safe_open
 
 from dycoke_jax.checkpoint.report import Report
 from dycoke_jax.errors import CheckpointError
-from dycoke_jax.files import read_json_object
+from dycoke_jax.files import parse_json, read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+_MOST_SHARDS = 10_000
+_LARGEST_HEADER = 5_000_000
+"""Bytes; a tensor takes about 120 of them, and a model of 72 billion weights has 1,500 tensors."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def open_safetensors(folder: Path, report: Report) -> SafetensorsSet:
             report.add("file", f"{file} {what}")
             lost |= promised
             continue
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             report.add("file", f"{file} is truncated or damaged ({error})")
             lost |= promised
             complete &= files.indexed
@@ -103,8 +106,12 @@ def open_safetensors(folder: Path, report: Report) -> SafetensorsSet:
     return SafetensorsSet(tensors, frozenset(lost - tensors.keys()), complete)
 
 
-def read_tensor(tensor: StoredTensor) -> np.ndarray:
+def read_tensor(tensor: StoredTensor, part: tuple[slice, ...] | None = None) -> np.ndarray:
     """Reads a tensor's data into a new array.
+
+    Args:
+        tensor: the tensor.
+        part: a slice of each axis, of which alone the data is read; None for all.
 
     Raises:
         CheckpointError: if the file cannot be read or no longer holds the tensor.
@@ -113,7 +120,9 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
         # The file is mapped anew for each tensor: pages that were read count as memory in use until
         # the mapping is closed, and would add up to the whole file.
         with safe_open(tensor.file, framework="numpy") as file:
-            return file.get_tensor(tensor.name)
+            if part is None:
+                return file.get_tensor(tensor.name)
+            return file.get_slice(tensor.name)[part]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{tensor.file}: cannot read {tensor.name} ({error})") from error
 
@@ -141,12 +150,28 @@ def same_data(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
+    """Reads the header of a file.
+
+    Raises:
+        OSError: if it is missing or cannot be read.
+        SafetensorError: if it does not fit the file.
+        ValueError: if the path is no file's, or if the header is too large or names a tensor twice.
+    """
+    if path.exists() and not path.is_file():  # opening a pipe may wait forever
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"its header has {size} bytes, and at most {_LARGEST_HEADER} are read")
+        header = file.read(size)
     with safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        return {
+        found = {
             name: StoredTensor(path, name, tuple(piece.get_shape()), piece.get_dtype())
             for name, piece in slices.items()
         }
+    parse_json(header)  # safetensors takes the last of several tensors of one name
+    return found
 
 
 def left_aside(folder: Path) -> list[str]:
@@ -189,6 +214,11 @@ def _read_index(folder: Path, report: Report) -> _Files:
     weight_map = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor to file")
+    shards = {file for file in weight_map.values() if isinstance(file, str)}
+    if len(shards) > _MOST_SHARDS:
+        raise CheckpointError(
+            f"{folder / INDEX} names {len(shards)} files; at most {_MOST_SHARDS} are read"
+        )
     promised: dict[str, set[str]] = {}
     refused: set[str] = set()
     for name, file in weight_map.items():

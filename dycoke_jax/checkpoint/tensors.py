@@ -49,11 +49,14 @@ class Weights:
             layout has, by path (see ``names.is_carried``).
         stream: yields path and data of the tensors at the given paths, in the given order, with
             one tensor or one small group in memory at a time. The caller may modify the arrays.
+        part: reads the part of a tensor, by its path, that slices of its axes say; None where
+            tensors can only be streamed.
     """
 
     params: Mapping[str, TensorInfo]
     carried: Mapping[str, TensorInfo]
     stream: Callable[[Iterable[str]], Iterator[tuple[str, np.ndarray]]]
+    part: Callable[[str, tuple[slice, ...]], np.ndarray] | None = None
 
 
 def weight_dtype(dtype: DTypeLike | None) -> np.dtype | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from dycoke_jax.errors import CheckpointError, PromptError
+from dycoke_jax.checkpoint.regular_files import check_files
+from dycoke_jax.errors import CheckpointError, PromptError, printable
 from dycoke_jax.files import copy_text, has_byte_order_mark, read_json_object
 from dycoke_jax.inputs.prompts import Tokenizer, control_ids
 
@@ -38,6 +39,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     files = Path(folder)
     if not files.is_dir():
         raise CheckpointError(f"{fspath(folder)}: no such folder to load a tokenizer from")
+    check_files(files)
     options: dict[str, Any] = {}
     if (files / "tokenizer.json").exists():
         kind: Any = AutoTokenizer
@@ -58,6 +60,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
             )
     except Exception as error:  # transformers and tokenizers raise many types, plain Exception too
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = printable(reason[:300])
         raise CheckpointError(
             f"{fspath(folder)}: its tokenizer cannot be loaded ({reason}); copy tokenizer.json and "
             "tokenizer_config.json of the checkpoint again"

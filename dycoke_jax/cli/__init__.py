@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line, and exits.
 
     The exit code is 0 after success; 2 for bad input, bad usage and output that cannot be written,
-    which is said in one line on stderr; 130 after an interrupt from the keyboard; and 141, without
-    a message, if the reader of stdout has closed it.
+    which is said in one line on stderr; 3 if requests of a batch job have failed; 130 after an
+    interrupt from the keyboard; and 141, without a message, if the reader of stdout has closed it.
 
     Args:
         arguments: the command-line arguments without the program's name. None: those of

@@ -15,6 +15,10 @@ from dycoke_jax import __version__
 
 COMMANDS = {
     "generate": ("asking", "Answer a question about a video."),
+    "batch": (
+        "batch",
+        "Answer a file of requests about videos; a job that was killed is completed.",
+    ),
     "warmup": ("warm_up", "Compile the programs for given sizes, ahead of the first question."),
     "demo": ("asking", "Compare answers, token counts and times with and without compression."),
     "convert": ("checkpoints", "Convert a checkpoint to another layout."),
@@ -31,6 +35,10 @@ COMMANDS = {
     "bench": (
         "bench",
         "Measure time and memory of each stage, by batch size, frames and compression.",
+    ),
+    "compile": (
+        "compile",
+        "Compile for a TPU slice or GPUs that need not be there, and print what it costs.",
     ),
 }
 """By the name of each command, the module of this package that has it, and its help in one line."""
@@ -66,7 +74,8 @@ app = new_app(
     no_args_is_help=True,
     help="Video language models in JAX, made fast by DyCoke: LLaVA-OneVision and LLaVA-Video.",
     epilog="Exit codes: 0 after success; 2 for bad input or usage, or output that cannot be "
-    "written; 130 after an interrupt; 141 if the reader of the output has closed it.",
+    "written; 3 if requests of a batch job have failed; 130 after an interrupt; 141 if the reader "
+    "of the output has closed it.",
 )
 
 for _name, (_, _help) in COMMANDS.items():

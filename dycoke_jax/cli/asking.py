@@ -19,6 +19,7 @@ from dycoke_jax.config import PoolMode
 from dycoke_jax.engine.requests import Decoding
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
+from dycoke_jax.hosts import Hosts, initialise, is_first
 from dycoke_jax.inputs import FrameSampling, Prompting, check_clip
 
 # The networks and the readers of checkpoints are imported inside the commands: --help needs none.
@@ -27,6 +28,7 @@ app = new_app()
 
 # Titles of the groups of options in the help texts.
 _CLIP, _COMPRESSION, _DECODING, _PROMPT = "Clip", "Compression", "Decoding", "Prompt and model"
+_HOSTS = "Several hosts"
 
 _DEMO_SAMPLING = FrameSampling(frames=16)
 
@@ -82,6 +84,7 @@ def generate(
     kv: KeysValues = None,
     mesh: MeshSizes = None,
     fsdp: Fsdp = False,
+    hosts: Annotated[Hosts, Options(_HOSTS)],
     allow_damaged: Annotated[
         bool,
         typer.Option(
@@ -95,6 +98,8 @@ def generate(
     ] = False,
 ) -> None:
     """Answer a question about a video."""
+    import jax
+
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.chat_template import find_chat_template
     from dycoke_jax.inputs.chat_template import check_template
@@ -133,6 +138,10 @@ def generate(
             progress=progress,
         )
         first = next(pieces)
+    if hosts.several and not is_first():
+        for _ in pieces:
+            pass
+        return
     # The progress bars are removed by now, so the answer can be printed as it is generated.
     answer = first.answer
     if not as_json:

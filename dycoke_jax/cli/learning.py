@@ -11,6 +11,7 @@ from dycoke_jax.cli.app import new_app
 from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import FORM
 from dycoke_jax.cli.console import progress_bars, say, say_notes
+from dycoke_jax.cli.loading import Fsdp, MeshSizes
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
 from dycoke_jax.compression.methods import parse_compression
 from dycoke_jax.compression.protocol import Compressor
@@ -74,14 +75,18 @@ def train(
         ),
     ] = 0,
     intervals: Annotated[Intervals, Options(_RUN)],
+    mesh: MeshSizes = None,
+    fsdp: Fsdp = False,
 ) -> None:
     """Fine-tune a model on clips with questions and answers."""
     from dycoke_jax.checkpoint import open_folder
+    from dycoke_jax.sharding import make_mesh
 
+    devices = None if mesh is None else make_mesh(mesh)
     what = FineTuning(model, data, test_data, sampling, shape, dropping, optimisation, seed)
     say_notes(open_folder(model).notes)
     with progress_bars() as progress:
-        trained = fine_tune(folder, what, intervals, progress)
+        trained = fine_tune(folder, what, intervals, progress, mesh=devices, fsdp=fsdp)
     say(f"wrote {trained}")
 
 

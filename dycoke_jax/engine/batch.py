@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -29,6 +28,7 @@ from dycoke_jax.generation.prefill import prefill
 from dycoke_jax.generation.sampling import Sampling
 from dycoke_jax.generation.score import score
 from dycoke_jax.generation.state import DecodeState, Limits
+from dycoke_jax.hosts import fetch, replicate
 from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
 from dycoke_jax.sharding import data_size
@@ -39,7 +39,7 @@ MIN_PREFIX, MIN_QUESTION, MIN_GENERATED, STOP_SLOTS = 16, 32, 32, 8
 
 def run_batch(
     model: Model,
-    requests: Sequence[Prepared],
+    requests: Sequence[Prepared | None],
     compression: Compressor | None,
     stop_ids: Sequence[int],
     *,
@@ -54,7 +54,8 @@ def run_batch(
 
     Args:
         model: the model.
-        requests: all with video, of any lengths, or all without.
+        requests: all with video, of any lengths, or all without; a row each, of which None leaves
+            one empty.
         compression: method and settings, or None for the plain model.
         stop_ids: ids that end an answer, at most 8.
         stream_every: number of tokens between two yields, of which the first comes after the first
@@ -73,6 +74,7 @@ def run_batch(
     layout, text = _lay_out(model, requests, compression)
     rows = layout.rows
     sampling, limits = _sampling(requests, rows), _limits(requests, rows, stop_ids)
+    text, sampling, limits = replicate((text, sampling, limits), model.mesh)
 
     started = time.perf_counter()
     features = _features(model, requests, layout, progress)
@@ -82,33 +84,33 @@ def run_batch(
     if progress:
         progress("prefill", 0, 1)
     state = prefill(model, features, text, sampling, limits, layout=layout)
-    step, done = _ask(state)
+    step, done = _ask(state, model.mesh)
     seconds = Seconds(encoded - started, time.perf_counter() - encoded)
     if progress:
         progress("prefill", 1, 1)
 
-    longest = max(r.decoding.max_new_tokens for r in requests)
+    longest = max(r.decoding.max_new_tokens for r in requests if r is not None)
     while not done:
         if observe:
             observe(state)
         if stream_every is not None:
-            yield _results(model.config, requests, state, seconds)
+            yield _results(model, requests, state, seconds)
         until = longest if stream_every is None else step + stream_every
         began = time.perf_counter()
         state = decode(model, state, sampling, limits, np.int32(until), layout=layout)
-        step, done = _ask(state)
+        step, done = _ask(state, model.mesh)
         # Only the time of the device counts, not that of a slow reader of the stream.
         seconds = replace(seconds, decode=seconds.decode + time.perf_counter() - began)
         if progress:
             progress("generating", step, longest)
     if observe:
         observe(state)
-    yield _results(model.config, requests, state, seconds)
+    yield _results(model, requests, state, seconds)
 
 
 def score_batch(
     model: Model,
-    requests: Sequence[Prepared],
+    requests: Sequence[Prepared | None],
     answers: Sequence[tuple[int, ...]],
     compression: Compressor | None,
     *,
@@ -122,9 +124,9 @@ def score_batch(
 
     Args:
         model: the model.
-        requests: all with video, of any lengths, or all without; of their settings of decoding none
-            counts.
-        answers: token ids of an answer to each request, at least one id each.
+        requests: as in ``run_batch``; of their settings of decoding none counts.
+        answers: token ids of an answer to each request, at least one id each; those in empty rows
+            do not count.
         compression: method and settings, or None for the plain model.
         progress: called while frames are encoded.
 
@@ -135,25 +137,31 @@ def score_batch(
         RequestError: if an answer is empty, or a request does not fit into the model's positions.
         ConfigError: if the compression cannot work on this model or clip length.
     """
-    if not all(answers):
-        raise RequestError(f"answer {[*map(bool, answers)].index(False)} is empty; give its ids")
+    asked = [request is not None for request in requests]
+    answers = [answer if ask else () for ask, answer in zip(asked, answers, strict=True)]
+    empty = [bool(answer) is not ask for ask, answer in zip(asked, answers, strict=True)]
+    if any(empty):
+        raise RequestError(f"answer {empty.index(True)} is empty; give its ids")
     requests = [
-        replace(request, decoding=Decoding(max_new_tokens=len(answer)))
+        None if request is None else replace(request, decoding=Decoding(max_new_tokens=len(answer)))
         for request, answer in zip(requests, answers, strict=True)
     ]
     layout, text = _lay_out(model, requests, compression)
     features = _features(model, requests, layout, progress)
-    ids, lengths = _pad(answers, layout.rows, layout.slots.generated)
-    scored = jax.device_get(score(model, features, text, ids, lengths, layout=layout))
+    of_rows = [answer or None for answer in answers]
+    ids, lengths = _pad(of_rows, layout.rows, layout.slots.generated)
+    text, ids, lengths = replicate((text, ids, lengths), model.mesh)
+    scored = fetch(score(model, features, text, ids, lengths, layout=layout), model.mesh)
     return [
         Likelihood(
             token_ids=tuple(answer),
             log_likelihoods=tuple(scored.log_likelihood[row, : len(answer)].tolist()),
             is_greedy=bool(scored.is_likeliest[row, : len(answer)].all()),
-            visual=requests[row].num_frames * model.config.tokens_per_frame,
+            visual=request.num_frames * model.config.tokens_per_frame,
             merged=int(scored.merged[row]),
         )
-        for row, answer in enumerate(answers)
+        for row, (request, answer) in enumerate(zip(requests, answers, strict=True))
+        if request is not None
     ]
 
 
@@ -199,18 +207,19 @@ def rows_for(requests: int, mesh: Mesh | None) -> int:
 
 
 def _lay_out(
-    model: Model, requests: Sequence[Prepared], compression: Compressor | None
+    model: Model, requests: Sequence[Prepared | None], compression: Compressor | None
 ) -> tuple[Layout, TextIds]:
     """Returns the layout of a batch and the token ids of its prompts."""
     rows = rows_for(len(requests), model.mesh)
-    layout = layout_of(model.config, requests, rows, compression)
+    present = [request for request in requests if request is not None]
+    layout = layout_of(model.config, present, rows, compression)
     return layout, _text(requests, layout)
 
 
-def _text(requests: Sequence[Prepared], layout: Layout) -> TextIds:
+def _text(requests: Sequence[Prepared | None], layout: Layout) -> TextIds:
     """Token ids of prompts in the slots of a layout."""
-    before = [request.prompt.before for request in requests]
-    after = [request.prompt.after for request in requests]
+    before = [None if request is None else request.prompt.before for request in requests]
+    after = [None if request is None else request.prompt.after for request in requests]
     prefix = _pad(before, layout.rows, layout.slots.prefix)
     question = _pad(after, layout.rows, layout.slots.question)
     return TextIds(*map(jnp.asarray, (*prefix, *question)))
@@ -221,9 +230,9 @@ def empty_batch(layout: Layout) -> tuple[TextIds, Sampling, Limits]:
     return _text([], layout), _sampling([], layout.rows), _limits([], layout.rows, ())
 
 
-def _ask(state: DecodeState) -> tuple[int, bool]:
+def _ask(state: DecodeState, mesh: Mesh | None) -> tuple[int, bool]:
     """Number of tokens so far, and whether all rows are done; waits for the device."""
-    step, done = jax.device_get((state.step, state.done))
+    step, done = fetch((state.step, state.done), mesh)
     return int(step), bool(done.all())
 
 
@@ -257,68 +266,78 @@ def _check_lengths(
 
 
 def _features(
-    model: Model, requests: Sequence[Prepared], layout: Layout, progress: Progress | None
+    model: Model, requests: Sequence[Prepared | None], layout: Layout, progress: Progress | None
 ) -> Features | None:
-    clips = [request.frames for request in requests if request.frames is not None]
-    if not clips:
+    if not layout.frames:
         return None
+    clips = [None if request is None else request.frames for request in requests]
     signals = () if layout.tokens is None else layout.tokens.signals
     return encode(model, clips, layout.rows, layout.frames, signals, progress)
 
 
 def _pad(
-    ids: Sequence[tuple[int, ...]], rows: int, width: int
+    ids: Sequence[tuple[int, ...] | None], rows: int, width: int
 ) -> tuple[Int[np.ndarray, "B width"], Int[np.ndarray, "B"]]:
-    table, length = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-    for row, values in enumerate(ids):
-        table[row, : len(values)] = values
-        length[row] = len(values)
     # An empty row reads one token, so that it has a last token.
-    length[len(ids) :] = min(width, 1)
+    table, length = np.zeros((rows, width), np.int32), np.full(rows, min(width, 1), np.int32)
+    for row, values in enumerate(ids):
+        if values is not None:
+            table[row, : len(values)] = values
+            length[row] = len(values)
     return table, length
 
 
-def _sampling(requests: Sequence[Prepared], rows: int) -> Sampling:
-    def column(values: list, kind: type, empty: float) -> Array:
-        # A temperature above the largest float32 becomes infinity: all tokens are equally likely.
-        with np.errstate(over="ignore"):
-            return jnp.asarray(np.array(values + [empty] * (rows - len(values)), kind))
+def _sampling(requests: Sequence[Prepared | None], rows: int) -> Sampling:
+    def column(name: str, kind: type, empty: float) -> Array:
+        values: np.ndarray = np.full(rows, empty, kind)
+        for row, request in enumerate(requests):
+            if request is not None:
+                # A temperature above the largest float32 becomes infinity: all tokens are equally
+                # likely.
+                with np.errstate(over="ignore"):
+                    values[row] = getattr(request.decoding, name)
+        return jnp.asarray(values)
 
     return Sampling(
-        temperature=column([r.decoding.temperature for r in requests], np.float32, 0),
-        top_k=column([r.decoding.top_k for r in requests], np.int32, 0),
-        top_p=column([r.decoding.top_p for r in requests], np.float32, 1),
-        seed=column([r.decoding.seed for r in requests], np.int32, 0),
+        temperature=column("temperature", np.float32, 0),
+        top_k=column("top_k", np.int32, 0),
+        top_p=column("top_p", np.float32, 1),
+        seed=column("seed", np.int32, 0),
     )
 
 
-def _limits(requests: Sequence[Prepared], rows: int, stop_ids: Sequence[int]) -> Limits:
+def _limits(requests: Sequence[Prepared | None], rows: int, stop_ids: Sequence[int]) -> Limits:
     if len(stop_ids) > STOP_SLOTS:
         raise RequestError(f"{len(stop_ids)} stop ids were given; at most {STOP_SLOTS} work")
     stops = np.full((rows, STOP_SLOTS), -1, np.int32)
     stops[:, : len(stop_ids)] = list(stop_ids)
     most = np.zeros(rows, np.int32)
-    most[: len(requests)] = [request.decoding.max_new_tokens for request in requests]
+    most[: len(requests)] = [
+        0 if request is None else request.decoding.max_new_tokens for request in requests
+    ]
     return Limits(max_new_tokens=jnp.asarray(most), stop_ids=jnp.asarray(stops))
 
 
 def _results(
-    config: LlavaConfig, requests: Sequence[Prepared], state: DecodeState, seconds: Seconds
+    model: Model, requests: Sequence[Prepared | None], state: DecodeState, seconds: Seconds
 ) -> list[Generated]:
     # One transfer from the device for all of it.
-    (ids, length, done, stopped), (count, merged, newlines, attended, refreshed) = jax.device_get(
+    (ids, length, done, stopped), (count, merged, newlines, attended, refreshed) = fetch(
         (
             (state.tokens, state.length, state.done, state.stopped),
             (state.count, state.visual, state.newlines, state.attended, state.refreshed),
-        )
+        ),
+        model.mesh,
     )
     results = []
     for row, request in enumerate(requests):
+        if request is None:
+            continue
         steps = slice(1, int(count[row]))
         reason = "stop" if stopped[row] else "length"
         counts = TokenCounts(
             prompt=int(length[row]),
-            visual=request.num_frames * config.tokens_per_frame,
+            visual=request.num_frames * model.config.tokens_per_frame,
             merged=int(merged[row]),
             newlines=int(newlines[row]),
             attended=tuple(attended[row, steps].tolist()),

@@ -7,15 +7,22 @@ from functools import partial
 from traceback import clear_frames
 from types import EllipsisType
 
+from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.config import LlavaConfig
 from dycoke_jax.engine.requests import Failure, Prepared, Request, failure
+from dycoke_jax.engine.sharing import share_prepared
 from dycoke_jax.errors import DycokeError, RequestError
+from dycoke_jax.generation.layout import plan
+from dycoke_jax.hosts import ALONE, Processes
 from dycoke_jax.inputs.any_video import has_times, read_video
 from dycoke_jax.inputs.chat_template import build_prompt_by_template, check_template
+from dycoke_jax.inputs.prompt_length import encode_within
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
     Prompt,
     Tokenizer,
     build_prompt,
+    check_prompt,
     time_instruction,
 )
 from dycoke_jax.progress import Progress
@@ -27,7 +34,8 @@ CLIP_THREADS = 4
 def prepare(
     request: Request,
     tokenizer: Tokenizer,
-    image_size: int,
+    config: LlavaConfig,
+    compression: Compressor | None,
     *,
     chat_template: str | None = None,
     progress: Progress | None = None,
@@ -37,14 +45,19 @@ def prepare(
     Args:
         request: the request.
         tokenizer: the checkpoint's tokenizer.
-        image_size: height and width of a frame in pixels, as the vision tower reads it.
+        config: the model, whose vision tower says how large frames are, and whose positions say how
+            long a prompt may be.
+        compression: method and settings, which say how many visual tokens there are; None for the
+            plain model.
         chat_template: source of the checkpoint's chat template; None if it has none.
         progress: called after each decoded frame.
 
     Raises:
         VideoError: if the clip cannot be read.
         PromptError: if the prompt cannot be encoded.
-        RequestError: if the clip is no video, or has no times where they are to be told.
+        RequestError: if the clip is no video, or has no times where they are to be told, or if the
+            prompt is too long for the model.
+        ConfigError: if the compression cannot work on this model or clip length.
     """
     prompting, video = request.prompting, request.video
     encode: Callable[..., Prompt] = build_prompt
@@ -55,45 +68,74 @@ def prepare(
         encode = partial(build_prompt_by_template, template=check_template(chat_template))
     if prompting.time_text and video is not None and not has_times(video):
         raise RequestError("time_text needs files: an array does not say when it was filmed")
+    check_prompt(request.prompt, has_video=video is not None)
     clip, times = None, None
     if video is not None:
         clip = read_video(
             video,
             request.sampling,
-            image_size,
+            config.vision.image_size,
             allow_damaged=request.allow_damaged,
             progress=progress,
         )
         if prompting.time_text:
             times = time_instruction(clip.duration, clip.times)
-    has_video = clip is not None
-    ids = encode(
-        tokenizer, request.prompt, system=system, has_video=has_video, time_instruction=times
+    encode = partial(
+        encode, tokenizer, system=system, has_video=clip is not None, time_instruction=times
     )
+    frames = 0 if clip is None else len(clip.frames)
+    visual = plan(config, 1, frames, 0, 0, 0, compression).slots.visual
+    new = request.decoding.max_new_tokens
+    room = config.text.max_positions - visual - new
+    why = (
+        f"the text, {visual} visual tokens and {new} new ones must not exceed the model's "
+        f"{config.text.max_positions} positions"
+    )
+    ids, notes = encode_within(encode, request.prompt, room, truncate=prompting.truncate, why=why)
     if clip is None:
-        return Prepared(ids, None, request.decoding)
-    return Prepared(ids, clip.frames, request.decoding, clip.notes)
+        return Prepared(ids, None, request.decoding, notes)
+    return Prepared(ids, clip.frames, request.decoding, (*clip.notes, *notes))
 
 
 class Ahead:
     """Prepares the requests of a stream in threads, no more of them than is asked for.
+
+    Several processes each prepare some of the requests, and tell each other what has become of
+    them, all but the frames. So every process takes the same from the stream.
 
     Attributes:
         begun: number of requests taken from the stream so far.
         has_ended: whether the stream has no more requests.
     """
 
-    def __init__(self, requests: Iterable[Request], prepare: Callable[[Request], Prepared]) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        prepare: Callable[[Request], Prepared],
+        processes: Processes = ALONE,
+        together: int = 1,
+    ) -> None:
+        """Begins with no request.
+
+        Args:
+            requests: the stream.
+            prepare: prepares a request; called in threads.
+            processes: the processes that work together.
+            together: of how many requests they tell each other at once.
+        """
         self._requests = iter(requests)
         self._prepare = prepare
+        self._processes = processes
+        self._together = together
         self._pool = ThreadPoolExecutor(CLIP_THREADS, thread_name_prefix="clips")
-        self._in_work: deque[tuple[int, Future[Prepared]]] = deque()
+        self._in_work: deque[tuple[int, Request, Future[Prepared] | None]] = deque()
+        self._finished: deque[tuple[int, Prepared] | Failure] = deque()
         self.begun = 0
         self.has_ended = False
 
     def __len__(self) -> int:
         """Number of requests in preparation, those included that wait to be taken."""
-        return len(self._in_work)
+        return len(self._in_work) + len(self._finished)
 
     def extend(self, most: int) -> None:
         """Takes requests from the stream until ``most`` are in preparation, or it ends."""
@@ -103,7 +145,10 @@ class Ahead:
             except StopIteration:
                 self.has_ended = True
                 return
-            self._in_work.append((self.begun, self._pool.submit(self._prepare, request)))
+            future = None
+            if self._processes.reader(self.begun) == self._processes.index:
+                future = self._pool.submit(self._prepare, request)
+            self._in_work.append((self.begun, request, future))
             self.begun += 1
 
     def take(self) -> tuple[int, Prepared] | Failure:
@@ -111,18 +156,35 @@ class Ahead:
 
         Returns:
             The number of the request in the stream with what was prepared, or its failure.
+
+        Raises:
+            HostError: if another process has failed.
         """
-        index, future = self._in_work.popleft()
-        try:
-            return index, future.result()
-        except DycokeError as error:
-            # Among the variables of the functions that it has passed may be frames of the clip.
-            cause: BaseException | None = error
-            while cause is not None:
-                clear_frames(cause.__traceback__)
-                cause = cause.__context__
-            return failure(index, error)
+        if not self._finished:
+            together = 1 if self._processes.count == 1 else self._together
+            first = [self._in_work.popleft() for _ in range(min(together, len(self._in_work)))]
+            own = (_outcome(index, future) for index, _, future in first if future is not None)
+            if self._processes.count == 1:
+                self._finished.extend(own)
+            else:
+                self._finished.extend(
+                    share_prepared({index: request for index, request, _ in first}, own)
+                )
+        return self._finished.popleft()
 
     def close(self) -> None:
         """Waits for the threads; requests that none of them has begun are not prepared."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def _outcome(index: int, future: Future[Prepared]) -> tuple[int, Prepared] | Failure:
+    """Waits for a request; its own error is its outcome."""
+    try:
+        return index, future.result()
+    except DycokeError as error:
+        # Among the variables of the functions that it has passed may be frames of the clip.
+        cause: BaseException | None = error
+        while cause is not None:
+            clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        return failure(index, error)

@@ -8,21 +8,26 @@ batch always has the layout of one of its requests, so no stream needs programs 
 do not need one by one.
 
 Which batches are formed depends on the requests and on nothing else, such as the time that it takes
-to read a clip.
+to read a clip. So several processes that answer one stream form the same batches, in which each has
+as many rows: for requests whose clips it has read.
 """
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 
+from jax.sharding import Mesh
+
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.engine.batch import layout_of, run_batch
+from dycoke_jax.engine.batch import layout_of, rows_for, run_batch
 from dycoke_jax.engine.prepare import Ahead
 from dycoke_jax.engine.requests import Answer, Failure, Piece, Prepared, Request, failure
 from dycoke_jax.engine.text import GrowingText
 from dycoke_jax.errors import DycokeError
 from dycoke_jax.generation.layout import Layout
+from dycoke_jax.hosts import ALONE, Processes, failures_of_others, processes_of
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
@@ -92,6 +97,10 @@ def run(
     of them are prepared, in preparation or running. While a batch runs on the device, requests that
     follow are prepared in threads. Closing the generator ends the threads.
 
+    If the mesh has devices of several processes, each of them must call this with the same requests
+    and settings, and read all that is yielded, which is the same in every process. Each prepares
+    its part of the requests: of n processes the one with number i those with numbers i, n + i, ...
+
     Args:
         model: the model.
         tokenizer: the checkpoint's tokenizer.
@@ -99,7 +108,8 @@ def run(
         requests: the requests, of which there may be any number.
         compression: method and settings, or None for the plain model.
         stop_ids: ids that end an answer.
-        batch_size: largest number of requests that run together.
+        batch_size: largest number of requests that run together; with several processes rounded up
+            to a multiple of their number.
         stream_every: number of tokens between two pieces of an answer; None gives each answer in
             one piece.
         progress: called while the work goes on.
@@ -111,11 +121,20 @@ def run(
 
     Raises:
         DycokeError: if the settings that are common to all requests make no sense.
+        HostError: if another process has ended or failed.
     """
+    processes = processes_of(model.mesh)
     batches = form_batches(
-        model.config, prepare, requests, compression, batch_size=batch_size, progress=progress
+        model.config,
+        prepare,
+        requests,
+        compression,
+        batch_size=batch_size,
+        processes=processes,
+        progress=progress,
     )
-    with closing(batches):
+    batch_size = _rounded(batch_size, processes)
+    with closing(batches), failures_of_others():
         for batch in batches:
             if isinstance(batch, Failure):
                 yield batch
@@ -134,18 +153,22 @@ def form_batches(
     compression: Compressor | None,
     *,
     batch_size: int,
+    processes: Processes = ALONE,
     progress: Progress | None = None,
 ) -> Generator[list[Queued] | Failure, None, None]:
-    """Prepares a stream of requests and forms batches of them; the arguments are those of ``run``.
+    """Prepares a stream of requests and forms batches of them.
+
+    The arguments are those of ``run``; ``processes`` are those that work together.
 
     Yields:
         The requests of a batch, at most ``batch_size``, or the failure of a single request. The
         requests that follow a batch are prepared until the next one is asked for.
     """
     total = len(requests) if isinstance(requests, Sized) else None
+    batch_size = _rounded(batch_size, processes)
     room = LOOK_AHEAD * batch_size
-    queues = _Queues(config, compression, batch_size)
-    with closing(Ahead(requests, prepare)) as ahead:
+    queues = _Queues(config, compression, batch_size, processes)
+    with closing(Ahead(requests, prepare, processes, batch_size)) as ahead:
         while True:
             ahead.extend(room - len(queues))
             if len(ahead):
@@ -174,15 +197,39 @@ def form_batches(
                 yield batch
 
 
+def _rounded(batch_size: int, processes: Processes) -> int:
+    """Rows of the largest batch, of which each process has as many."""
+    return -(-batch_size // processes.count) * processes.count
+
+
+def place(batch: Sequence[Queued], mesh: Mesh | None) -> list[Queued | None]:
+    """The rows of a batch: each request in one on devices of the process that has read its clip.
+
+    Returns:
+        What is in each row; None for empty ones.
+    """
+    processes = processes_of(mesh)
+    parts: list[list[Queued]] = [[] for _ in range(processes.count)]
+    for one in batch:
+        parts[processes.reader(one.index)].append(one)
+    rows = rows_for(processes.count * max(map(len, parts)), mesh) // processes.count
+    return [one for part in parts for one in (*part, *[None] * (rows - len(part)))]
+
+
 class _Queues:
     """Requests that wait for a batch, by their layout. Its methods take batches out."""
 
     def __init__(
-        self, config: LlavaConfig, compression: Compressor | None, batch_size: int
+        self,
+        config: LlavaConfig,
+        compression: Compressor | None,
+        batch_size: int,
+        processes: Processes,
     ) -> None:
         self._config = config
         self._compression = compression
         self._batch_size = batch_size
+        self._processes = processes
         self._queues: dict[Layout, list[Queued]] = {}
         self._newest = 0
 
@@ -203,8 +250,9 @@ class _Queues:
     def full(self) -> list[Queued]:
         """The requests of a queue that is a whole batch; none if there is no such queue."""
         for queue in self._queues.values():
-            if len(queue) == self._batch_size:
-                return self._take(queue)
+            batch = self._first_of_each(queue)
+            if len(batch) == self._batch_size:
+                return self._take(batch)
         return []
 
     def overdue(self) -> list[Queued]:
@@ -245,7 +293,18 @@ class _Queues:
         waiting.sort(
             key=lambda one: (one is not oldest, one.layout != first.layout, -one.size, one.index)
         )
-        return waiting[: self._batch_size]
+        return self._first_of_each(waiting)
+
+    def _first_of_each(self, waiting: Iterable[Queued]) -> list[Queued]:
+        """The first requests, of each process as many as it has rows in the largest batch."""
+        rows: Counter[int] = Counter()
+        batch = []
+        for one in waiting:
+            reader = self._processes.reader(one.index)
+            if rows[reader] < self._batch_size // self._processes.count:
+                rows[reader] += 1
+                batch.append(one)
+        return batch
 
     def _take(self, batch: list[Queued]) -> list[Queued]:
         taken = {one.index for one in batch}
@@ -272,10 +331,12 @@ def _run_one(
     progress: Progress | None,
 ) -> Generator[Piece, None, None]:
     """Runs one batch and makes pieces of text of what it generates."""
+    rows = place(batch, model.mesh)
+    batch = [queued for queued in rows if queued is not None]
     texts = [GrowingText(tokenizer) for _ in batch]
     updates = run_batch(
         model,
-        [queued.prepared for queued in batch],
+        [None if queued is None else queued.prepared for queued in rows],
         compression,
         stop_ids,
         stream_every=stream_every,

@@ -17,6 +17,7 @@ from dycoke_jax.generation.decode import decode
 from dycoke_jax.generation.encode import encode
 from dycoke_jax.generation.layout import Layout
 from dycoke_jax.generation.prefill import prefill
+from dycoke_jax.hosts import replicate
 from dycoke_jax.inputs.prompts import Prompt
 from dycoke_jax.model import Model
 from dycoke_jax.progress import Progress
@@ -103,7 +104,7 @@ def warm_up(model: Model, layouts: Sequence[Layout], progress: Progress | None =
 
 def _run(model: Model, layout: Layout) -> None:
     """Encodes one frame, reads prompts of a token, and decodes nothing: no row has a request."""
-    text, sampling, limits = empty_batch(layout)
+    text, sampling, limits = replicate(empty_batch(layout), model.mesh)
     features = None
     if layout.frames:
         side = model.config.vision.image_size

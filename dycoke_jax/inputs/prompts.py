@@ -48,6 +48,8 @@ class Prompting:
             were trained. ``checkpoint``: the chat template in the checkpoint's own files.
         time_text: add the times of the frames to the prompt, as LLaVA-Video does; the clip must be
             a file.
+        truncate: cut a question that is too long for the model at its end, with a note, instead of
+            refusing it; of a conversation, the longest text of its last turn.
 
     Raises:
         RequestError: naming the setting and what is allowed.
@@ -56,6 +58,7 @@ class Prompting:
     system: System = ...
     prompt_format: PromptFormat = "llava-next"
     time_text: bool = False
+    truncate: bool = False
 
     def __post_init__(self) -> None:
         """Checks the types and values of the settings."""
@@ -63,6 +66,7 @@ class Prompting:
         if self.system is not None and self.system is not ...:
             text("system", self.system, error=RequestError)
         flag("time_text", self.time_text, error=RequestError)
+        flag("truncate", self.truncate, error=RequestError)
 
 
 @runtime_checkable

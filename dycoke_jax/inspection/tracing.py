@@ -75,7 +75,8 @@ def trace_answer(
     if video is None:
         raise RequestError("there is nothing to trace without a clip")
     check_compressor(compression)
-    request = model.prepare(Request(prompt, video, decoding, sampling, prompting))
+    asked = Request(prompt, video, decoding, sampling, prompting)
+    request = model.prepare(asked, compression=compression)
     assert request.frames is not None
     shape = request.num_frames, model.config.tokens_per_frame
     kept = np.zeros(shape, bool)

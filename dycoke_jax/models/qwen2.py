@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dycoke_jax.cache import KV
 from dycoke_jax.config import TextConfig
 from dycoke_jax.models.layers import Linear, RMSNorm, parameter
-from dycoke_jax.ops.attention import attention, decode_attention
+from dycoke_jax.ops.attention import attention, attention_weights, decode_attention
 from dycoke_jax.ops.matmul import take_rows
 from dycoke_jax.ops.rope import rotate, rotations
 from dycoke_jax.ops.rows import by_row
@@ -104,8 +104,9 @@ class Qwen2Layer(nnx.Module):
             The new state, the cache with the token in it, and the attention weights in float32.
         """
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
-        cache = cache.write(KV(k, v), slot)
-        out, weights = decode_attention(q, cache.keys, cache.values, visible)
+        own = cache.as_stored(KV(k, v))
+        out, weights = decode_attention(q, cache, own, slot, visible)
+        cache = cache.write(own, slot)
         x = x + self.self_attn.join_heads(out)
         return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
 
@@ -114,7 +115,7 @@ class Qwen2Layer(nnx.Module):
     ) -> Float[Array, "B H S"]:
         """Float32 attention weights of one token a row whose key is in the cache already."""
         q, _, _ = self.self_attn.project(self.input_layernorm(x), rope)
-        return decode_attention(q, cache.keys, cache.values, visible)[1]
+        return attention_weights(q, cache.keys, visible[:, None])[:, :, 0]
 
 
 class Qwen2Attention(nnx.Module):

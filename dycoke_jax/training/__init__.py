@@ -4,6 +4,7 @@
 ``records`` (the user's data) give the batch of each step. ``record_file`` reads the user's records,
 with ``json_records`` for their JSON and ``conversations`` for LLaVA's form. ``token_dropping`` says
 which visual tokens a step drops, ``loss`` computes the loss and the accuracy of a batch, ``step``
-updates the weights once, ``run`` executes a whole run in a folder, ``scoring`` evaluates on
-held-out questions, and ``fine_tuning`` combines them for the command line.
+updates the weights once, and ``placement`` says where its arrays lie on a mesh. ``run`` executes a
+whole run in a folder, ``scoring`` evaluates on held-out questions, and ``fine_tuning`` combines
+them for the command line.
 """

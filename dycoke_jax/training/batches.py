@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
@@ -175,3 +176,14 @@ def pack(tokenizer: Tokenizer, examples: Sequence[Example], width: int) -> Batch
     has_clip = np.array([example.has_clip for example in examples])
     arrays = [frames, prefix, lengths, *columns.values(), is_answer, has_clip]
     return Batch(*map(jnp.asarray, arrays))
+
+
+def fill_rows(batch: Batch, multiple: int) -> Batch:
+    """Adds empty rows to a batch without an accumulation axis, up to a multiple of rows.
+
+    They have no clip, no questions and nothing to predict, so they count in no score.
+    """
+    short = -len(batch.ids) % multiple
+    if not short:
+        return batch
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, short), *[(0, 0)] * (x.ndim - 1)]), batch)

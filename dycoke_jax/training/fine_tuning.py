@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dycoke_jax.checkpoint import open_checkpoint
 from dycoke_jax.checkpoint.conversion import copy_companions
@@ -13,8 +14,10 @@ from dycoke_jax.checkpoint.end_ids import copy_end_ids
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.inputs import FrameSampling
 from dycoke_jax.progress import Progress
+from dycoke_jax.sharding import check_mesh
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.training.batches import pack
+from dycoke_jax.training.placement import check_rows
 from dycoke_jax.training.records import RecordSource, examples_of, group_into_rows, read_records
 from dycoke_jax.training.run import Intervals, Run, train_and_save
 from dycoke_jax.training.scoring import HeldOut, both_accuracies, task_held_out
@@ -59,7 +62,13 @@ class FineTuning:
 
 
 def fine_tune(
-    folder: Path, what: FineTuning, intervals: Intervals, progress: Progress | None = None
+    folder: Path,
+    what: FineTuning,
+    intervals: Intervals,
+    progress: Progress | None = None,
+    *,
+    mesh: Mesh | None = None,
+    fsdp: bool = False,
 ) -> Path:
     """Fine-tunes a checkpoint.
 
@@ -68,12 +77,15 @@ def fine_tune(
         what: the checkpoint, the data and the settings.
         intervals: how often the run logs, evaluates and saves.
         progress: called after each training step.
+        mesh: the devices to train on; None for a single one. A run may be resumed on another mesh.
+        fsdp: spread weights and moments over the mesh's ``data`` too.
 
     Returns:
         The folder of the trained model.
 
     Raises:
-        ConfigError: if a setting is out of range, or if the folder holds a run with other settings.
+        ConfigError: if a setting is out of range, if the folder holds a run with other settings, or
+            if the mesh cannot divide the model or the rows.
         CheckpointError: if the checkpoint cannot be read or the folder cannot be written.
         RequestError: if the records are faulty, or one of them does not fit into a row.
         VideoError: if a clip cannot be read.
@@ -81,6 +93,9 @@ def fine_tune(
     checkpoint = open_checkpoint(what.model)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     size = config.vision.image_size
+    if mesh is not None:
+        check_mesh(config, mesh)
+    check_rows(what.shape.rows, mesh)
     if what.data is None and what.sampling.fps is not None:
         raise ConfigError("fps is for clips from files; the built-in task has frames only")
     held_out = None
@@ -114,7 +129,7 @@ def fine_tune(
     run = Run(
         folder=folder,
         config=config,
-        initial=lambda: checkpoint.load(np.float32),
+        initial=lambda: checkpoint.load(np.float32, mesh=mesh, fsdp=fsdp),
         source=source,
         optimisation=what.optimisation,
         save_tokenizer=save_tokenizer,
@@ -122,5 +137,7 @@ def fine_tune(
         seed=what.seed,
         intervals=intervals,
         evaluate=evaluate,
+        mesh=mesh,
+        fsdp=fsdp,
     )
     return train_and_save(run, progress)

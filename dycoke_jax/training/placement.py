@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.models.llava import abstract_params
-from dycoke_jax.sharding import DATA, constrain, data_size, weight_sharding
+from dycoke_jax.sharding import DATA, AnyMesh, constrain, data_size, weight_sharding
 
 Tree = TypeVar("Tree")
 
 
-def check_rows(rows: int, mesh: Mesh | None) -> None:
+def check_rows(rows: int, mesh: AnyMesh | None) -> None:
     """Checks that the rows of a training batch can be spread over a mesh.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from orbax.checkpoint import v1 as ocp
 
@@ -28,6 +29,7 @@ from dycoke_jax.files import read_json_object
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import Params, abstract_params
 from dycoke_jax.progress import Progress
+from dycoke_jax.training.placement import as_weights
 from dycoke_jax.training.sources import Source
 from dycoke_jax.training.step import Metrics, Optimisation, TrainState, start, train_step
 
@@ -79,6 +81,9 @@ class Run:
             able to hold, goes into the log. None: no evaluation.
         extra: shapes and dtypes, by path, of those weights from ``initial`` that the network does
             not have, such as weights of auxiliary losses.
+        mesh: the devices to train on, which are those of the model from ``initial``; None for a
+            single one. A run may be resumed on another mesh.
+        fsdp: spread weights and moments over the mesh's ``data`` too.
     """
 
     folder: Path
@@ -92,6 +97,8 @@ class Run:
     intervals: Intervals = field(default_factory=Intervals)
     evaluate: Callable[[Model], Mapping[str, Any]] | None = None
     extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    fsdp: bool = False
 
 
 class SavedState(NamedTuple):
@@ -107,7 +114,7 @@ def train(run: Run, progress: Progress | None = None) -> Model:
 
     A resumed run computes the same as an uninterrupted one, because batches and random numbers
     depend only on the seed and the step, and the checkpoint holds the rest of the state. On a CPU
-    the weights are equal bit for bit.
+    the weights are equal bit for bit, unless the mesh is another one.
 
     Args:
         run: the model, the data, the settings and the folder.
@@ -181,6 +188,7 @@ def _loop(
                 dropping=data.dropping,
                 auxiliary=data.auxiliary,
                 seed=run.seed,
+                fsdp=run.fsdp,
             )
             done = number + 1
             entry: dict[str, Any] = {}
@@ -224,13 +232,19 @@ def _claim(folder: Path, described: Mapping[str, Any]) -> None:
 
 def _resume(run: Run, saved: ocp.training.Checkpointer) -> TrainState:
     if saved.latest is None:
-        return start(run.optimisation, run.initial())
+        return start(run.optimisation, run.initial(), fsdp=run.fsdp)
     shapes = {**abstract_params(run.config), **run.extra}
     fresh = jax.eval_shape(
         lambda: _to_save(start(run.optimisation, Model(_zeros(shapes), run.config)))
     )
-    place = jax.numpy.zeros(()).sharding
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), fresh)
+    if run.mesh is None:
+        one_device = jax.numpy.zeros(()).sharding
+        places = jax.tree.map(lambda _: one_device, fresh)
+    else:
+        places = as_weights(fresh, run.config, run.mesh, fsdp=run.fsdp)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), fresh, places
+    )
     try:
         state = saved.load(saved.latest.step, abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
@@ -239,7 +253,7 @@ def _resume(run: Run, saved: ocp.training.Checkpointer) -> TrainState:
             f"the state of step {saved.latest.step} in {saved.directory} cannot be read ({line}); "
             "remove that folder to go on from the one before"
         ) from error
-    model = Model(state.params, run.config, run.optimisation.dtype)
+    model = Model(state.params, run.config, run.optimisation.dtype, run.mesh)
     return TrainState(state.step, model, state.optimiser)
 
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from dycoke_jax.inputs.prompts import Tokenizer
 from dycoke_jax.model import Model
+from dycoke_jax.sharding import data_size
 from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.tasks.task import MONITORED, task_clip
-from dycoke_jax.training.batches import Batch, pack
+from dycoke_jax.training.batches import Batch, fill_rows, pack
 from dycoke_jax.training.loss import score_answers
 from dycoke_jax.training.sources import task_example
 from dycoke_jax.training.token_dropping import TokenDropping
@@ -78,7 +79,8 @@ def accuracy(
     right, asked = Counter[str](), Counter[str]()
     loss = tokens = 0.0
     for batch, kinds in zip(held_out.batches, held_out.kinds, strict=True):
-        scores = _score(model, batch, dropping=dropping, key=jax.random.key(0))
+        filled = fill_rows(batch, data_size(model.mesh))
+        scores = _score(model, filled, dropping=dropping, key=jax.random.key(0))
         loss, tokens = loss + float(scores.loss), tokens + int(scores.tokens)
         was_right, was_asked = np.asarray(scores.right), np.asarray(scores.asked)
         for row, of_row in enumerate(kinds):

@@ -1,0 +1,1 @@
+"""Batch jobs: a file of requests to a file of results, which a killed job completes later."""
