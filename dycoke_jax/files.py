@@ -95,7 +95,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def _sole_writer(destination: Path) -> Iterator[None]:
-    """Holds a lock, a hidden file beside the destination, which ends with the process at the latest.
+    """Holds a lock by a hidden file beside the destination; it ends with the process at the latest.
 
     Raises:
         CheckpointError: if another process holds it.

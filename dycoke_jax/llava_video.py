@@ -33,7 +33,7 @@ from dycoke_jax.engine.requests import (
 from dycoke_jax.engine.warm_up import WarmUp, layouts_of, warm_up
 from dycoke_jax.errors import CheckpointError, ConfigError, RequestError
 from dycoke_jax.hosts import failures_of_others, processes_of
-from dycoke_jax.inputs.any_video import Video
+from dycoke_jax.inputs.any_video import ReadVideo, Video, read_video
 from dycoke_jax.inputs.chat_template import template_of
 from dycoke_jax.inputs.prompts import Conversation, Prompting, Tokenizer, encode_answer, stop_ids
 from dycoke_jax.inputs.sampling import FrameSampling
@@ -288,10 +288,15 @@ class LlavaVideo:
         compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
         batch_size: int = 8,
         stream_every: int | None = None,
+        read: ReadVideo = read_video,
         progress: Progress | None = None,
         on_batch: Callable[[schedule.BatchReport], None] | None = None,
     ) -> Generator[Piece | Failure, None, None]:
         """Answers a stream of any number of requests, in bounded memory.
+
+        On a mesh with devices of several processes (see ``hosts``) each of them makes this call
+        with the same arguments, reads the clips of its part of the requests, and gets all results;
+        ``generate``, ``stream`` and ``score`` likewise.
 
         Args:
             requests: the requests, such as a generator; at most four times ``batch_size`` of them
@@ -300,6 +305,8 @@ class LlavaVideo:
             batch_size: as in ``generate``.
             stream_every: number of tokens between two pieces of an answer; None gives each answer
                 in one piece.
+            read: reads the clips; the ``read`` of an ``inputs.decoding_pool.DecodingPool`` does so
+                in processes of their own, which a damaged or hostile file cannot take along.
             progress: called while the work goes on.
             on_batch: called before each batch runs, with its requests and how full it is.
 
@@ -315,6 +322,7 @@ class LlavaVideo:
         if stream_every is not None:
             stream_every = checks.whole_number("stream_every", stream_every, 1, error=RequestError)
         check_compressor(compression)
+        checks.function("read", read, error=RequestError)
         checks.function("progress", progress, error=RequestError)
         checks.function("on_batch", on_batch, error=RequestError)
         # Progress counts the frames of a single clip, and the clips of many.
@@ -323,7 +331,10 @@ class LlavaVideo:
             self.model,
             self.tokenizer,
             partial(
-                self.prepare, compression=compression, progress=progress if is_single else None
+                self.prepare,
+                compression=compression,
+                read=read,
+                progress=progress if is_single else None,
             ),
             requests,
             compression,
@@ -466,6 +477,7 @@ class LlavaVideo:
         request: Request,
         *,
         compression: Compressor | None = None,
+        read: ReadVideo = read_video,
         progress: Progress | None = None,
     ) -> Prepared:
         """Prepares a request for the device: reads its clip and encodes its prompt.
@@ -473,6 +485,7 @@ class LlavaVideo:
         Args:
             request: the request.
             compression: what it will be answered with; it leaves more room for text.
+            read: reads the clip.
             progress: called after each decoded frame.
 
         Raises:
@@ -485,6 +498,7 @@ class LlavaVideo:
             self.config,
             compression,
             chat_template=self.chat_template,
+            read=read,
             progress=progress,
         )
 

@@ -8,8 +8,9 @@ import hypothesis
 import jaxtyping
 import pytest
 
-# Nothing in the tests may look for a hub.
+# Nothing in the tests may look for a hub, or for devices: the compiler of TPUs is installed.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 # jax reads its settings from the environment when it is imported, and so do processes that tests
 # start. Most of the time of the tests goes into compiling, so compiled programs are kept between

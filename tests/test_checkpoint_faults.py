@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from huggingface_hub import errors
@@ -392,6 +394,28 @@ def test_file_that_shrinks_while_it_is_read(hf: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_killed_conversion_never_shows_a_destination(hf: Path, tmp_path: Path):
+    code = """
+import os, signal, sys
+from dycoke_jax.checkpoint import convert
+def progress(what, done, total):
+    if done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+convert(sys.argv[1], sys.argv[2], progress=progress)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(hf), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert len([*tmp_path.glob(".out.tmp-*")]) == 1
+    convert(hf, tmp_path / "out")
+    assert load(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
 KILLED = """
 import sys
 from dycoke_jax.checkpoint import convert, orbax_folder
@@ -428,7 +452,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(tmp_path
         assert len(left) <= 1
         for folder in left:
             reached |= {path.name for path in folder.rglob("*") if path.is_file()}
-            with pytest.raises(DycokeError):
+            with pytest.raises(CheckpointError):
                 load(folder)
     assert {"config.json", "manifest.ocdbt"} <= reached
     convert(hf, out)

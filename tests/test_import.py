@@ -70,3 +70,25 @@ print([name for name in ("jax", "flax", "av", "transformers") if name in sys.mod
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_parsing_the_command_line_starts_no_backend():
+    """Nor does looking for other processes where there are none."""
+    program = """
+import contextlib, io
+from dycoke_jax.cli import main
+from dycoke_jax.cli.app import COMMANDS
+lines = [[name, "--help"] for name in COMMANDS]
+lines.append(["generate", "--distributed", "--model", "none", "--prompt", "?"])
+for arguments in lines:
+    errors = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(errors):
+            main(arguments)
+from jax._src import xla_bridge
+print(len(xla_bridge._backends), "--coordinator" in errors.getvalue())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert result.stdout == "0 True\n"

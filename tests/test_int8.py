@@ -18,7 +18,7 @@ from dycoke_jax.engine import batch
 from dycoke_jax.engine.requests import Request
 from dycoke_jax.errors import CheckpointError, ConfigError
 from dycoke_jax.models.quantisation import can_be_int8, is_int8, quantised, scale_path
-from dycoke_jax.ops.attention import decode_attention
+from dycoke_jax.ops.attention import _read_then_write, decode_attention
 from dycoke_jax.ops.matmul import Int8Weight, matmul, quantise, take_rows
 from dycoke_jax.training.step import Optimisation, start
 
@@ -132,13 +132,14 @@ def test_an_int8_cache_quantises_what_is_written_and_is_padded_with_empty_slots(
         assert not x.values[:, :, 7].any()
 
 
-def test_attention_to_an_int8_cache_is_that_to_its_numbers():
+@pytest.mark.parametrize("form", [decode_attention, _read_then_write], ids=["default", "tpu"])
+def test_attention_to_an_int8_cache_is_that_to_its_numbers(form):
     rng = np.random.default_rng(2)
     cache, q = kv(3), rng.standard_normal((2, 6, 1, 8), np.float32)
     visible = np.array([[1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]], bool)
     own = cache.part(2, 3).int8()
     stored = cache.write(KV(cache.keys[:, :, :1] + 5, cache.values[:, :, :1]), 2).int8()
-    out, weights = decode_attention(jnp.asarray(q), stored, own, 2, jnp.asarray(visible))
+    out, weights, _ = form(jnp.asarray(q), stored, own, 2, jnp.asarray(visible))
     k, v = (np.repeat(x[0] * x[1][..., None], 2, axis=1) for x in map(plain_int8, cache))
     scores = np.einsum("bhqe,bhse->bhs", q, k) * 8**-0.5
     expected = np.where(visible[:, None], np.exp(scores), 0)

@@ -230,17 +230,17 @@ def test_what_is_no_file_of_requests_is_refused(tmp_path, name, says):
 def test_results_cut_at_any_byte_are_resumed_behind_the_last_whole_line(tmp_path):
     results = tmp_path / "results.jsonl"
     with open_results(results) as file:
-        for number in range(3):
-            file.add({"id": f"é{number}\n", "text": "no", "model": "m", "request": str(number)})
+        for number in range(2):
+            file.add({"id": f"é{number}\n", "model": "m", "request": str(number)})
     whole = results.read_bytes()
     ends = [0] + [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
-    assert len(ends) == 4
+    assert len(ends) == 3
     for size in range(len(whole) + 1):
         for lost in (b"", b"\0" * 5):  # what a loss of power leaves
             results.write_bytes(whole[:size] + (lost if size not in ends[1:] else b""))
             with open_results(results) as file:
                 count = sum(end <= size for end in ends) - 1
-                assert list(file.digests.values()) == ["0", "1", "2"][:count]
+                assert list(file.digests.values()) == ["0", "1"][:count]
             assert results.read_bytes() == whole[: ends[count]]
 
 

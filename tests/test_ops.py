@@ -14,7 +14,13 @@ from support.plain_attention import plain_attention
 from dycoke_jax.cache import KV
 from dycoke_jax.compression.protocol import Rows
 from dycoke_jax.generation.assemble import all_rows, newline_slots, place_newlines
-from dycoke_jax.ops.attention import attention, blockwise_attention, decode_attention
+from dycoke_jax.ops.attention import (
+    _read_then_write,
+    _write_then_read,
+    attention,
+    blockwise_attention,
+    decode_attention,
+)
 from dycoke_jax.ops.pooling import pool
 from dycoke_jax.ops.rope import rotate, rotations
 from dycoke_jax.ops.rows import by_row
@@ -66,20 +72,23 @@ def test_attention_keeps_parts_apart(length):
     np.testing.assert_allclose(out, plain_attention(q, k, v, seen), atol=2e-6)
 
 
-def test_decode_attention_and_its_weights():
+@pytest.mark.parametrize(
+    "form", [decode_attention, _read_then_write, _write_then_read], ids=lambda form: form.__name__
+)
+def test_decode_attention_and_its_weights(form):
     q, k, v = normal(0, 2, 6, 1, 8), normal(1, 2, 2, 30, 8), normal(2, 2, 2, 30, 8)
     valid = np.random.default_rng(3).random((2, 30)) < 0.5
     valid[:, 17] = True
-    cache, own = (
-        KV(*map(jnp.asarray, (k, v))),
-        KV(*map(jnp.asarray, (k[:, :, 17:18], v[:, :, 17:18]))),
-    )
+    whole = KV(*map(jnp.asarray, (k, v)))
+    own = whole.part(17, 18)
     # What the cache holds in the slot of the query's own key and value is not read.
-    cache = cache.write(KV(own.keys + 5, own.values - 7), 17)
-    out, weights = decode_attention(jnp.asarray(q), cache, own, 17, jnp.asarray(valid))
+    cache = whole.write(KV(own.keys + 5, own.values - 7), 17)
+    out, weights, cache = form(jnp.asarray(q), cache, own, 17, jnp.asarray(valid))
     np.testing.assert_allclose(out, plain_attention(q, k, v, valid[:, None]), atol=2e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     assert (np.asarray(weights)[~np.broadcast_to(valid[:, None], weights.shape)] == 0).all()
+    np.testing.assert_array_equal(cache.keys, k)
+    np.testing.assert_array_equal(cache.values, v)
 
 
 def test_prefill_attention_holds_no_square_matrix():

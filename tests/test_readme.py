@@ -19,7 +19,8 @@ DOCS = ROOT / "docs"
 PAGES = (
     README,
     ACCURACY,
-    *(DOCS / f"{name}.md" for name in ("architecture", "jobs", "performance", "training", "videos")),
+    DOCS / "jobs.md",
+    *(DOCS / f"{name}.md" for name in ("architecture", "performance", "training", "videos")),
 )
 
 

@@ -20,15 +20,17 @@ PARAMS = "params"
 """Name of the folder of the Orbax checkpoint, and of the subtree with the model's parameters."""
 _CARRIED = "carried"
 
-# Tensors are written and read in groups of at most these sizes (a larger tensor is a group of its
-# own): large enough to keep Orbax's threads busy, small enough that the host never holds the whole
-# model. Writing uses larger groups because Orbax combines them at the end, at a cost for each;
-# reading uses smaller ones because every group that is freed leaves holes in the heap.
+# Tensors are read in groups of at most this size (a larger tensor is a group of its own), and
+# written in groups as soon as they reach it: large enough to keep Orbax's threads busy, small
+# enough that the host never holds the whole model. Writing uses larger groups because Orbax
+# combines them at the end, at a cost for each; reading uses smaller ones because every group that
+# is freed leaves holes in the heap.
 _WRITE_BYTES = 256 * 2**20
 _READ_BYTES = 64 * 2**20
 # Arrays are stored in chunks of at most this size: a device that restores its shard of an array
-# reads only the chunks that overlap it.
-_CHUNK_BYTES = 16 * 2**20
+# reads only the chunks that overlap it. Smaller ones would fit such shards better, but memory below
+# 32 MB is not given back to the system when it is freed.
+_CHUNK_BYTES = 64 * 2**20
 
 
 def write_orbax(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], used: set[str]) -> None:
@@ -45,11 +47,14 @@ def write_orbax(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], used: s
     target = folder / PARAMS
     group: dict[str, np.ndarray] = {}
     for path, array in tensors:
-        if group and _size(group) + array.nbytes > _WRITE_BYTES:
+        group[path] = array
+        del array
+        if sum(one.nbytes for one in group.values()) >= _WRITE_BYTES:
+            # Before the next tensor is read: both may be the largest of the model.
             _write_group(target, group, used)
             group = {}
-        group[path] = array
-    _write_group(target, group, used)
+    if group:
+        _write_group(target, group, used)
     with _context():
         _guarded(target, "write", ocp.partial.finalize, target)
 
@@ -190,7 +195,3 @@ def _guarded(folder: Path, verb: str, function: Any, *arguments: Any) -> Any:
             inner = inner.__cause__
         line = " ".join(str(inner).split())[:300]
         raise CheckpointError(f"cannot {verb} the Orbax checkpoint {folder}: {line}") from error
-
-
-def _size(group: Mapping[str, np.ndarray]) -> int:
-    return sum(array.nbytes for array in group.values())

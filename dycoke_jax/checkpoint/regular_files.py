@@ -9,8 +9,8 @@ _TEXTS = (".json", ".txt", ".jinja")
 _WEIGHTS = ".safetensors"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
 _LARGEST_VOCABULARY, _LARGEST_TEXT = 16_000_000, 4_000_000
-"""Bytes; the largest file of Qwen2's tokenizer has 7 million, and the index of a model of 72 billion
-weights 0.1 million. Parsed, a text may take 30 times its size."""
+"""Bytes; the largest file of Qwen2's tokenizer has 7 million, the index of a 72B model 0.1 million.
+Parsed, a text may take 30 times its size."""
 
 
 def check_files(folder: Path) -> None:

@@ -109,7 +109,10 @@ def generate(
     # Bad settings and clips are refused before a large checkpoint is read.
     compression = chosen(given, compress, None if no_dycoke else dycoke)
     sizes = None if mesh is None else parse_mesh(mesh)
-    if video is not None:
+    initialise(hosts)
+    if hosts.several and sizes is None:
+        sizes = {"data": jax.device_count()}
+    if video is not None and not hosts.several:  # of several processes one alone opens the clip
         check_clip(video, allow_damaged=allow_damaged)
     checkpoint = open_checkpoint(model, pool_mode=pool_mode)
     say_notes(checkpoint.notes)

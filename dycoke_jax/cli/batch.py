@@ -149,6 +149,7 @@ def batch(
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.chat_template import find_chat_template
     from dycoke_jax.inputs.chat_template import check_template
+    from dycoke_jax.inputs.decoding_pool import DecodingPool
     from dycoke_jax.jobs.result_file import open_results
     from dycoke_jax.jobs.run import Job, check_compression, check_requests, run_job
     from dycoke_jax.jobs.settings import JobSettings, parse_shard
@@ -177,7 +178,8 @@ def batch(
                 fsdp=fsdp,
                 progress=progress,
             )
-            with interruptible(_say_stopping) as stop:
+            # A file that crashes or blocks its decoder costs no more than its own answer.
+            with DecodingPool() as pool, interruptible(_say_stopping) as stop:
                 summary = run_job(
                     llava,
                     job,
@@ -186,6 +188,7 @@ def batch(
                     batch_size=batch_size,
                     max_retries=max_retries,
                     force=force,
+                    read=pool.read,
                     stop=stop,
                     progress=progress if sys.stderr.isatty() else _logged(),
                 )

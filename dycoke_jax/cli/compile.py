@@ -91,7 +91,7 @@ def compile(
     from dycoke_jax.targets import report
     from dycoke_jax.targets.programs import STAGES, Workload, mesh_of, sizes_of_mesh
     from dycoke_jax.targets.run import compile_workload
-    from dycoke_jax.targets.topology import devices_of, parse_target
+    from dycoke_jax.targets.topology import as_if_cudnn_were_there, devices_of, parse_target
 
     if compress is not None and no_dycoke:
         raise ConfigError("--compress and --no-dycoke both choose the compression; give one")
@@ -121,7 +121,7 @@ def compile(
     if on is None and fsdp:
         raise ConfigError("--fsdp spreads weights over devices, and there is one")
     results = []
-    with progress_bars() as progress:
+    with progress_bars() as progress, as_if_cudnn_were_there():
         for rows in batches:
             for text, compression in methods.items():
                 work = Workload(

@@ -14,7 +14,7 @@ from dycoke_jax.engine.sharing import share_prepared
 from dycoke_jax.errors import DycokeError, RequestError
 from dycoke_jax.generation.layout import plan
 from dycoke_jax.hosts import ALONE, Processes
-from dycoke_jax.inputs.any_video import has_times, read_video
+from dycoke_jax.inputs.any_video import ReadVideo, has_times, read_video
 from dycoke_jax.inputs.chat_template import build_prompt_by_template, check_template
 from dycoke_jax.inputs.prompt_length import encode_within
 from dycoke_jax.inputs.prompts import (
@@ -38,6 +38,7 @@ def prepare(
     compression: Compressor | None,
     *,
     chat_template: str | None = None,
+    read: ReadVideo = read_video,
     progress: Progress | None = None,
 ) -> Prepared:
     """Reads the clip of a request and encodes its prompt.
@@ -50,6 +51,7 @@ def prepare(
         compression: method and settings, which say how many visual tokens there are; None for the
             plain model.
         chat_template: source of the checkpoint's chat template; None if it has none.
+        read: reads the clip.
         progress: called after each decoded frame.
 
     Raises:
@@ -71,7 +73,7 @@ def prepare(
     check_prompt(request.prompt, has_video=video is not None)
     clip, times = None, None
     if video is not None:
-        clip = read_video(
+        clip = read(
             video,
             request.sampling,
             config.vision.image_size,

@@ -5,6 +5,7 @@ Everything here runs on the host; no accelerator is used.
 
 from dycoke_jax.inputs.clip import Clip, clip_from_array
 from dycoke_jax.inputs.frames import resize
+from dycoke_jax.inputs.limits import DecodingLimits
 from dycoke_jax.inputs.prompts import (
     DEFAULT_SYSTEM,
     Prompt,
@@ -20,6 +21,7 @@ from dycoke_jax.inputs.video import check_clip, count_frames, read_clip
 __all__ = [
     "DEFAULT_SYSTEM",
     "Clip",
+    "DecodingLimits",
     "FrameSampling",
     "Prompt",
     "Prompting",

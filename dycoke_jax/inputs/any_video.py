@@ -1,7 +1,7 @@
 """Makes a clip of whatever a caller gives as a video."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -10,6 +10,7 @@ from PIL import Image
 from dycoke_jax.errors import RequestError
 from dycoke_jax.inputs.clip import Clip, clip_from_array, is_frame
 from dycoke_jax.inputs.container import OpenFile, Readable, folder_of
+from dycoke_jax.inputs.limits import DecodingLimits
 from dycoke_jax.inputs.sampling import FrameSampling
 from dycoke_jax.inputs.video import read_clip
 from dycoke_jax.progress import Progress
@@ -24,6 +25,11 @@ are all used.
 """
 
 
+ReadVideo = Callable[..., Clip]
+"""Reads a clip: :func:`read_video`, with or without some of its settings, or the ``read`` of an
+``inputs.decoding_pool.DecodingPool``."""
+
+
 def read_video(
     video: Any,
     sampling: FrameSampling,
@@ -31,6 +37,7 @@ def read_video(
     *,
     allow_damaged: bool = False,
     progress: Progress | None = None,
+    limits: DecodingLimits = DecodingLimits(),  # noqa: B008 (frozen)
 ) -> Clip:
     """Makes a clip of anything that holds frames.
 
@@ -40,13 +47,21 @@ def read_video(
         size: side of the resized square frames, in pixels.
         allow_damaged: see ``inputs.video.read_clip``.
         progress: called after each decoded frame; counts frames.
+        limits: what reading a file may take.
 
     Raises:
         RequestError: if ``video`` is of another kind.
         VideoError: if it cannot be read.
     """
     if is_readable(video):
-        return read_clip(video, sampling, size, allow_damaged=allow_damaged, progress=progress)
+        return read_clip(
+            video,
+            sampling,
+            size,
+            allow_damaged=allow_damaged,
+            progress=progress,
+            limits=limits,
+        )
     frames = list(video) if isinstance(video, list | tuple) else None
     if hasattr(video, "shape") and is_frame(video) and not isinstance(video, type):
         return clip_from_array(video, size)

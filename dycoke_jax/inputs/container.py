@@ -7,7 +7,8 @@ it opens the file.
 
 import io
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ import av.container
 import av.stream
 
 from dycoke_jax.errors import VideoError, printable
+from dycoke_jax.inputs.limits import Watch
 
 
 @runtime_checkable
@@ -55,15 +57,21 @@ class Source:
         name: what messages call it.
         content: absolute path of the file, or its bytes.
         head: the first 4096 bytes of the file.
+        watch: the limits of reading it.
     """
 
     name: str
     content: Path | bytes
     head: bytes
+    watch: Watch = field(default_factory=Watch)
 
     def open(self) -> io.BytesIO | str:
         """Returns what FFmpeg and Pillow open: a path, or a new file in memory."""
         return io.BytesIO(self.content) if isinstance(self.content, bytes) else str(self.content)
+
+    def check_time(self) -> None:
+        """Raises a VideoError if reading it has taken too long."""
+        self.watch.check_time(self.name)
 
 
 def folder_of(readable: Readable) -> Path | None:
@@ -79,52 +87,57 @@ def folder_of(readable: Readable) -> Path | None:
         return None
 
 
-def find_source(readable: Readable) -> Source:
+def find_source(readable: Readable, watch: Watch | None = None) -> Source:
     """Finds a file and reads its first bytes; messages call it by its path, control codes escaped.
 
     Bytes without a zero byte are taken for a path, since no path holds a zero byte and every video
     file does. An open file is read into memory, from its current position.
 
+    Args:
+        readable: the file.
+        watch: the limits of reading it; None for the default ones without a deadline.
+
     Raises:
         VideoError: if there is no such file, or it is empty or cannot be read.
     """
+    watch = watch or Watch()
     if isinstance(readable, bytes | bytearray | memoryview):
         data = bytes(readable)
         if b"\0" in data or not data:
-            return _in_memory("the clip given as bytes", data)
+            return _in_memory("the clip given as bytes", data, watch)
         readable = os.fsdecode(data)
     if not isinstance(readable, str | os.PathLike):
         name = getattr(readable, "name", None) or "the clip given as a file object"
         try:
             data = readable.read()
         except Exception as error:  # which errors there are is up to the class of the object
-            reason = _shown(str(error))
+            reason = shown_name(str(error))
             raise VideoError(f"the file object of the clip cannot be read ({reason})") from error
         if not isinstance(data, bytes | bytearray | memoryview):
             raise VideoError(
                 f"the file object of the clip gives {type(data).__name__}, not bytes; open the "
                 "file in mode 'rb'"
             )
-        return _in_memory(_shown(str(name)), bytes(data))
-    return _on_disk(os.fsdecode(readable))
+        return _in_memory(shown_name(str(name)), bytes(data), watch)
+    return _on_disk(os.fsdecode(readable), watch)
 
 
-def _in_memory(name: str, data: bytes) -> Source:
+def _in_memory(name: str, data: bytes, watch: Watch) -> Source:
     if not data:
         raise VideoError(f"{name} is empty (0 bytes); get the file again")
-    return Source(name, data, data[:4096])
+    return Source(name, data, data[:4096], watch)
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """A name as messages show it: in one line, an endless one cut."""
     if len(name) > _LONGEST_NAME:
         name = f"{name[:50]}... ({len(name)} characters)"
     return printable(name)
 
 
-def _on_disk(path: str) -> Source:
+def _on_disk(path: str, watch: Watch) -> Source:
     file = Path(path)
-    name = _shown(path) or "''"
+    name = shown_name(path) or "''"
     try:
         if not file.exists():
             raise VideoError(f"{name}: no such file; check the path")
@@ -139,7 +152,7 @@ def _on_disk(path: str) -> Source:
     if not head:
         raise VideoError(f"{name} is empty (0 bytes); get the file again")
     # The path is absolute because FFmpeg would take a "name:" at its start for a protocol.
-    return Source(name, file.absolute(), head)
+    return Source(name, file.absolute(), head, watch)
 
 
 def open_container(source: Source) -> av.container.InputContainer:
@@ -192,7 +205,7 @@ def video_stream(source: Source, container: av.container.InputContainer) -> av.V
     Cover pictures, thumbnails and the tiles of a picture are left aside.
 
     Raises:
-        VideoError: if there is none, or no decoder for it.
+        VideoError: if there is none, or no decoder for it, or if its frames are too large.
     """
     kinds = av.stream.Disposition
     aside = kinds.attached_pic | kinds.timed_thumbnails | kinds.dependent
@@ -212,4 +225,25 @@ def video_stream(source: Source, container: av.container.InputContainer) -> av.V
     def rank(stream: av.VideoStream) -> tuple[bool, int]:
         return bool(stream.disposition & kinds.default), stream.width * stream.height
 
-    return max(decodable, key=rank)
+    best = max(decodable, key=rank)
+    source.watch.check_size(source.name, best.width, best.height)
+    # A stream may change its size on the way.
+    best.codec_context.options = {"max_pixels": str(source.watch.limits.pixels)}
+    return best
+
+
+def demux(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """Yields the packets of a stream.
+
+    Raises:
+        FFmpegError: if the file cannot be read on.
+    """
+    try:
+        yield from container.demux(stream)
+    except IndexError as error:
+        # PyAV knows the streams that the beginning of a file announces.
+        raise av.InvalidDataError(_INVALID_DATA, "a stream begins in its middle") from error
+
+
+_INVALID_DATA = 1094995529
+"""FFmpeg's number of this error."""

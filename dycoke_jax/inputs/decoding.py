@@ -13,7 +13,7 @@ import av
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dycoke_jax.inputs.container import Source, open_container, video_stream
+from dycoke_jax.inputs.container import Source, demux, open_container, video_stream
 from dycoke_jax.inputs.frames import resize
 from dycoke_jax.inputs.orientation import Orientations, upright
 from dycoke_jax.progress import Progress
@@ -156,8 +156,9 @@ def _decode(
         stream = video_stream(source, container)
         stream.thread_type = "AUTO" if threads else "NONE"
         left = packets
-        demuxed = container.demux(stream)
+        demuxed = demux(container, stream)
         while True:
+            source.check_time()
             try:
                 packet = next(demuxed, None)
                 if packet is None:

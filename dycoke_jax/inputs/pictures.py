@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from dycoke_jax.errors import VideoError
+from dycoke_jax.errors import VideoError, printable
 from dycoke_jax.inputs.clip import Clip
 from dycoke_jax.inputs.container import Source, find_source, open_container
 from dycoke_jax.inputs.frames import resize
+from dycoke_jax.inputs.limits import Watch
 from dycoke_jax.inputs.sampling import (
     FrameSampling,
     Timeline,
@@ -69,30 +70,44 @@ def read_picture(
     """
     image = _open(source)
     assert image is not None
+    try:
+        with image:
+            return _read(source, image, sampling, size, progress)
+    except (VideoError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged file, Pillow's readers raise whatever they stumble on
+        raise VideoError(
+            f"{source.name} is a damaged picture ({_reason(error)}); get the file again"
+        ) from error
+
+
+def _read(
+    source: Source,
+    image: Image.Image,
+    sampling: FrameSampling,
+    size: int,
+    progress: Progress | None,
+) -> Clip:
     notes = []
-    with image:
-        pictures = getattr(image, "n_frames", 1)
-        # Of an animated PNG the first picture may be for readers of stills only.
-        first = int(getattr(image, "default_image", False))
-        pictures -= first
-        if image.format not in _ANIMATED:
-            if image.format == "TIFF" and pictures > 1:
-                notes.append(f"{source.name} holds {pictures} pages; the first is used")
-            pictures = 1
-        try:
-            timeline = _timeline(image, first, pictures)
-            indices, times = choose_frames(timeline, sampling)
-            frames = {}
-            goal = int(indices[-1]) + 1
-            for index in np.unique(indices).tolist():
-                image.seek(first + index)
-                frames[index] = resize(ImageOps.exif_transpose(image), size)
-                if progress is not None:
-                    progress("decoding frames", index + 1, goal)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise VideoError(
-                f"{source.name} is a damaged picture ({error}); get the file again"
-            ) from error
+    pictures = getattr(image, "n_frames", 1)
+    # Of an animated PNG the first picture may be for readers of stills only.
+    first = int(getattr(image, "default_image", False))
+    pictures -= first
+    if image.format not in _ANIMATED:
+        if image.format == "TIFF" and pictures > 1:
+            notes.append(f"{source.name} holds {pictures} pages; the first is used")
+        pictures = 1
+    source.watch.check_frames(source.name, pictures)
+    timeline = _timeline(source, image, first, pictures)
+    indices, times = choose_frames(timeline, sampling)
+    frames = {}
+    goal = int(indices[-1]) + 1
+    for index in np.unique(indices).tolist():
+        source.check_time()
+        image.seek(first + index)
+        frames[index] = resize(ImageOps.exif_transpose(image), size)
+        if progress is not None:
+            progress("decoding frames", index + 1, goal)
     return Clip(
         np.stack([frames[index] for index in indices.tolist()]),
         times,
@@ -101,15 +116,30 @@ def read_picture(
     )
 
 
-def pictures_of(folder: Path) -> list[Path]:
+def _reason(error: Exception) -> str:
+    """What an error of Pillow says, as part of a message."""
+    return printable(str(error)[:200]) or type(error).__name__
+
+
+def pictures_of(folder: Path, watch: Watch | None = None) -> list[Path]:
     """Returns the pictures in a folder, in natural order: 2.png before 10.png.
+
+    Args:
+        folder: the folder.
+        watch: the limits of reading it; None for the default ones without a deadline.
 
     Raises:
         VideoError: if it holds no picture.
     """
+    watch = watch or Watch()
     try:
         files = [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
-        pictures = [file for file in files if file.stat().st_size and is_picture(find_source(file))]
+        watch.check_frames(str(folder), len(files))
+        pictures = []
+        for file in files:
+            watch.check_time(str(folder))
+            if file.stat().st_size and is_picture(find_source(file, watch)):
+                pictures.append(file)
     except OSError as error:
         raise VideoError(f"{folder} cannot be read ({error.strerror})") from error
     if not pictures:
@@ -120,7 +150,11 @@ def pictures_of(folder: Path) -> list[Path]:
 
 
 def read_pictures(
-    folder: Path, sampling: FrameSampling, size: int, progress: Progress | None = None
+    folder: Path,
+    sampling: FrameSampling,
+    size: int,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Clip:
     """Reads the pictures of a folder as the frames of a clip, one a second.
 
@@ -133,11 +167,12 @@ def read_pictures(
         sampling: which pictures to sample.
         size: side of the resized square frames, in pixels.
         progress: called after each picture; counts pictures.
+        watch: as for ``pictures_of``.
 
     Raises:
         VideoError: if there is no picture, or one cannot be decoded.
     """
-    files = pictures_of(folder)
+    files = pictures_of(folder, watch)
     others = sum(1 for file in folder.iterdir() if file.name[0] != ".") - len(files)
     notes = [f"{folder}: left aside what is no picture ({others})"] if others else []
     timeline = even_timeline(len(files), 1.0)
@@ -147,7 +182,7 @@ def read_pictures(
     still = FrameSampling(1)
     frames = []
     for index in indices.tolist():
-        frames.append(read_picture(find_source(files[index]), still, size).frames)
+        frames.append(read_picture(find_source(files[index], watch), still, size).frames)
         if progress is not None:
             progress("reading pictures", len(frames), len(indices))
     return Clip(np.concatenate(frames), times, timeline.duration, tuple(notes))
@@ -165,20 +200,31 @@ def _natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
 def _open(source: Source) -> Image.Image | None:
     Image.init()
     try:
-        return Image.open(source.open(), formats=[f for f in _FORMATS if f in Image.OPEN])
+        image = Image.open(source.open(), formats=[f for f in _FORMATS if f in Image.OPEN])
     except Image.UnidentifiedImageError:
         return None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{source.name} is a picture that cannot be read ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise VideoError(
+            f"{source.name} is a picture that cannot be read ({_reason(error)})"
+        ) from error
+    try:
+        source.watch.check_size(source.name, *image.size)
+    except VideoError:
+        image.close()
+        raise
+    return image
 
 
-def _timeline(image: Image.Image, first: int, pictures: int) -> Timeline:
+def _timeline(source: Source, image: Image.Image, first: int, pictures: int) -> Timeline:
     """Returns the times of an image's pictures from the first one of the animation on."""
     if pictures == 1:
         return even_timeline(1, 1.0)
     shortest = _SHORTEST_GIF_MS if image.format == "GIF" else 0
     delays = []
     for index in range(first, first + pictures):
+        source.check_time()
         image.seek(index)
         image.load()
         delay = image.info.get("duration", 0)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dycoke_jax.inputs.avi_index import indexed_chunks
-from dycoke_jax.inputs.container import Source, open_container, video_stream
+from dycoke_jax.inputs.container import Source, demux, open_container, video_stream
 from dycoke_jax.inputs.entry_points import is_entry_point
 from dycoke_jax.inputs.sampling import Timeline, even_timeline, measure_timeline
 
@@ -154,7 +154,8 @@ def scan(source: Source) -> Scan:
     """Reads the packets of a file's video stream.
 
     Raises:
-        VideoError: if it cannot be opened or has no video stream that can be decoded.
+        VideoError: if it cannot be opened or has no video stream that can be decoded, or if a
+            limit is exceeded.
     """
     damage = None
     hidden = complete = tail_end = 0
@@ -175,7 +176,8 @@ def scan(source: Source) -> Scan:
         # the file; stream.frames does not.
         promised = len(stream.index_entries) if is_mp4 else stream.frames
         try:
-            for packet in container.demux(stream):
+            for packet in demux(container, stream):
+                source.check_time()
                 size = packet.size
                 dts = packet.dts
                 if not size:
@@ -195,6 +197,7 @@ def scan(source: Source) -> Scan:
                 is_shown = not (packet.is_discard or _is_hidden(packet, codec))
                 is_key = packet.is_keyframe
                 count += 1
+                source.watch.check_frames(source.name, count)
                 table.extend(
                     (
                         pts,

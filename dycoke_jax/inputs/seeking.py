@@ -17,7 +17,7 @@ import av.container
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dycoke_jax.inputs.container import Source, open_container, video_stream
+from dycoke_jax.inputs.container import Source, demux, open_container, video_stream
 from dycoke_jax.inputs.decoding import DECODING
 from dycoke_jax.inputs.entry_points import is_referenced
 from dycoke_jax.inputs.frames import resize
@@ -127,7 +127,7 @@ def pick_by_seeking(
             stream.thread_type = "NONE"
             for number in numbers:
                 decoded = 0
-                for frame in _wanted_frames(container, stream, found, stretches[number]):
+                for frame in _wanted_frames(source, container, stream, found, stretches[number]):
                     frames[rows[number] + decoded] = resize(
                         upright(source.name, frame, orientations), size
                     )
@@ -149,7 +149,11 @@ def pick_by_seeking(
 
 
 def _wanted_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, found: Scan, stretch: Stretch
+    source: Source,
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    found: Scan,
+    stretch: Stretch,
 ) -> Iterator[av.VideoFrame]:
     """Yields the wanted frames of a stretch; fewer if something unexpected comes."""
     pts = found.packets.pts
@@ -160,6 +164,7 @@ def _wanted_frames(
     number = stretch.entry
     try:
         for packet in _packets_from(container, stream, stretch.entry, found.packets):
+            source.check_time()
             if packet.size and number < len(pts):
                 number += 1
                 if number - 1 not in wanted and not is_referenced(packet, codec, extradata):
@@ -186,7 +191,7 @@ def _packets_from(
     for timestamp in (place[1], int(packets.dts[entry])):
         container.seek(timestamp, stream=stream)
         found = False
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
             if not found and packet.size:
                 position = -1 if packet.pos is None else packet.pos
                 found = (position, packet.pts) == place

@@ -18,6 +18,7 @@ from dycoke_jax.inputs.clip import Clip
 from dycoke_jax.inputs.container import Readable, Source, find_source, folder_of
 from dycoke_jax.inputs.damage import check_decoded, refuse_or_note
 from dycoke_jax.inputs.decoding import decode_all, pick_in_order
+from dycoke_jax.inputs.limits import DecodingLimits, Watch
 from dycoke_jax.inputs.pictures import (
     is_picture,
     pictures_of,
@@ -37,6 +38,7 @@ def read_clip(
     *,
     allow_damaged: bool = False,
     progress: Progress | None = None,
+    limits: DecodingLimits = DecodingLimits(),  # noqa: B008 (frozen)
 ) -> Clip:
     """Reads the sampled frames of a video file.
 
@@ -50,39 +52,41 @@ def read_clip(
             a note to the clip, instead of raising. Frames near the damage may have artefacts.
         progress: called after each decoded frame; counts frames. It restarts from the first frame
             if a clip is decoded again.
+        limits: what reading may take. A call of FFmpeg or Pillow that hangs or crashes is not
+            stopped, for that see ``inputs.decoding_pool``.
 
     Returns:
         The clip, turned and mirrored as its file says. A frame that is sampled several times is
         decoded once.
 
     Raises:
-        VideoError: if the file cannot be read as video, or is damaged and ``allow_damaged`` is
-            False. The message names the file and the remedy.
+        VideoError: if the file cannot be read as video, exceeds a limit, or is damaged and
+            ``allow_damaged`` is False. The message names the file and the remedy.
     """
+    watch = Watch.begin(limits)
     try:
-        return _read(path, sampling, size, allow_damaged, progress)
+        if (folder := folder_of(path)) is not None:
+            return read_pictures(folder, sampling, size, progress, watch)
+        return read_source(find_source(path, watch), sampling, size, allow_damaged, progress)
     except MemoryError as error:
         raise VideoError(
             f"{sampling.frames} frames of {size}x{size} pixels do not fit in memory; sample fewer"
         ) from error
 
 
-def _read(
-    path: Readable,
+def read_source(
+    source: Source,
     sampling: FrameSampling,
     size: int,
     allow_damaged: bool,
     progress: Progress | None,
 ) -> Clip:
-    if (folder := folder_of(path)) is not None:
-        return read_pictures(folder, sampling, size, progress)
-    source = find_source(path)
+    """Reads the sampled frames of a file that was found; otherwise as :func:`read_clip`."""
     if is_picture(source):
         return read_picture(source, sampling, size, progress)
-    found = _scan(source)
+    found = scan(source)
     notes = list(found.notes)
-    if found.damage:
-        refuse_or_note(f"{source.name} {found.damage}", allow_damaged, notes)
+    _accept(source, found, allow_damaged, notes)
 
     if not found.is_uncertain:
         timeline = found.nominal_timeline(found.total) if found.damage else found.timeline
@@ -132,9 +136,8 @@ def check_clip(path: Readable, *, allow_damaged: bool = False) -> None:
     if is_picture(source):
         read_picture(source, FrameSampling(frames=1), size=1)
         return
-    found = _scan(source)
-    if found.damage:
-        refuse_or_note(f"{source.name} {found.damage}", allow_damaged, [])
+    found = scan(source)
+    _accept(source, found, allow_damaged, [])
 
 
 def count_frames(path: str | os.PathLike[str], sampling: FrameSampling) -> int:
@@ -146,17 +149,18 @@ def count_frames(path: str | os.PathLike[str], sampling: FrameSampling) -> int:
     if folder_of(path) is None:
         source = find_source(path)
         if not is_picture(source):
-            found = _scan(source)
-            if not (found.damage or found.is_uncertain):
+            found = scan(source)
+            if found.total and not (found.damage or found.is_uncertain):
                 return len(choose_frames(found.timeline, sampling)[0])
     return len(read_clip(path, sampling, size=1).frames)
 
 
-def _scan(source: Source) -> Scan:
-    found = scan(source)
-    if not found.total and not found.damage:
+def _accept(source: Source, found: Scan, allow_damaged: bool, notes: list[str]) -> None:
+    """Raises for a clip whose packets show damage, or notes it if the caller allows it."""
+    if found.damage:
+        refuse_or_note(f"{source.name} {found.damage}", allow_damaged, notes)
+    if not found.total:
         raise VideoError(f"{source.name} holds no complete video frame; get the file again")
-    return found
 
 
 def _pick(

@@ -42,9 +42,10 @@ class ResultFile:
         self.models: set[str] = set()
         self._waiting: list[bytes] = []
         with path.open("ab+") as file:
-            size = self._read(file)
-            file.truncate(size)
-            os.fsync(file.fileno())
+            whole = self._read(file)
+            if whole < file.seek(0, os.SEEK_END):
+                file.truncate(whole)
+                os.fsync(file.fileno())
 
     def _read(self, file: BinaryIO) -> int:
         """Reads the results; returns the number of bytes of whole lines."""

@@ -19,6 +19,7 @@ from dycoke_jax.config import LlavaConfig
 from dycoke_jax.engine.requests import Failure, Piece, Request
 from dycoke_jax.engine.schedule import BatchReport
 from dycoke_jax.errors import ConfigError, RequestError, printable
+from dycoke_jax.inputs.any_video import ReadVideo, read_video
 from dycoke_jax.jobs.request_file import Line, read_requests
 from dycoke_jax.jobs.result_file import ResultFile
 from dycoke_jax.jobs.settings import JobSettings, Shard
@@ -200,6 +201,7 @@ def run_job(
     batch_size: int = 8,
     max_retries: int = 2,
     force: bool = False,
+    read: ReadVideo = read_video,
     stop: Event | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -218,6 +220,7 @@ def run_job(
         max_retries: how often requests are tried again whose file could not be read, for a reason
             that may pass (see ``may_pass``), after all others.
         force: accept results that another model has made.
+        read: reads the clips, as in ``LlavaVideo.run``.
         stop: ends the work after the batch that runs, once it is set.
         progress: called after each result; its detail holds failures, rate and time left.
 
@@ -235,7 +238,7 @@ def run_job(
             f"{results.path} holds results of another model; use the same model, name another "
             "file of results, or keep these results with --force"
         )
-    run = _Run(model, job, results, checked, made_by, batch_size, stop or Event(), progress)
+    run = _Run(model, job, results, checked, made_by, batch_size, read, stop or Event(), progress)
     pause = RETRY_AFTER
     for tried in range(max_retries + 1):
         left = run.answer(is_last=tried == max_retries)
@@ -290,12 +293,14 @@ class _Run:
         checked: Checked,
         made_by: str,
         batch_size: int,
+        read: ReadVideo,
         stop: Event,
         progress: Progress | None,
     ) -> None:
         self.stop = stop
         self._model, self._job, self._results = model, job, results
         self._made_by, self._batch_size, self._progress = made_by, batch_size, progress
+        self._read = read
         self._checked = checked
         self._errors = Counter(checked.errors)
         self._computed = 0
@@ -311,6 +316,7 @@ class _Run:
             self._requests(),
             compression=self._job.settings.compression,
             batch_size=self._batch_size,
+            read=self._read,
             on_batch=self._begin_batch,
         )
         try:

@@ -105,8 +105,7 @@ class Qwen2Layer(nnx.Module):
         """
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
         own = cache.as_stored(KV(k, v))
-        out, weights = decode_attention(q, cache, own, slot, visible)
-        cache = cache.write(own, slot)
+        out, weights, cache = decode_attention(q, cache, own, slot, visible)
         x = x + self.self_attn.join_heads(out)
         return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
 

@@ -5,9 +5,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dycoke_jax.cache import Int8Slots
+from dycoke_jax.cache import KV, Int8Slots
 from dycoke_jax.ops.kernels import cudnn_attention, splash_attention
 from dycoke_jax.sharding import Spread, mapped
 
@@ -235,34 +236,83 @@ def received_attention(
     return mapped(of_rows, spread, (q, k), out_has_heads=False)
 
 
+# Every platform's form is traced, and all but one are left out; once for all layers of a shape.
+@jax.jit
 def decode_attention(
     q: Float[Array, "B H 1 E"],
-    k: Float[Array, "B K S E"] | Int8Slots,
-    v: Float[Array, "B K S E"] | Int8Slots,
+    cache: KV,
+    own: KV,
+    slot: Int[Array, ""] | int,
     visible: Bool[Array, "B S"],
-) -> tuple[Float[Array, "B H 1 E"], Float[Array, "B H S"]]:
-    """Softmax attention of one query a row over the slots of a cache.
+) -> tuple[Float[Array, "B H 1 E"], Float[Array, "B H S"], KV]:
+    """Writes a token a row into a cache, and attends from it to the slots of that cache.
 
     Args:
         q: the query of each row; query head h reads key/value head ``h // (H // K)``.
-        k: keys of the cache. The scales of int8 keys multiply the scores, and those of int8 values
-            the weights, so that neither is needed in another dtype.
-        v: values of the cache.
+        cache: keys and values of the tokens before it. The scales of int8 keys multiply the scores,
+            and those of int8 values the weights, so that neither is needed in another dtype.
+        own: its own key and value, one slot, stored as the cache is.
+        slot: where they are written.
         visible: slots that the query may attend to.
 
     Returns:
-        The attended values in the dtype of ``q``, and the softmax weights in float32. The compiler
-        drops the weights where nothing reads them.
+        The attended values in the dtype of ``q``, the softmax weights in float32, and the cache.
+        The compiler drops the weights where nothing reads them.
     """
-    weights = attention_weights(q, k, visible[:, None])
-    v, scale = v if isinstance(v, Int8Slots) else (v, None)
-    grouped = weights.reshape(*v.shape[:2], -1, v.shape[2])
-    if scale is not None:
-        grouped *= scale[:, :, None]
-    out = jnp.einsum(
-        "BKGS,BKSE->BKGE", grouped.astype(q.dtype), v.astype(q.dtype), precision="highest"
+    return jax.lax.platform_dependent(
+        *(q, cache, own, slot, visible), tpu=_read_then_write, default=_write_then_read
     )
-    return out.reshape(q.shape), weights[:, :, 0]
+
+
+def _write_then_read(
+    q: Float[Array, "B H 1 E"],
+    cache: KV,
+    own: KV,
+    slot: Int[Array, ""] | int,
+    visible: Bool[Array, "B S"],
+) -> tuple[Float[Array, "B H 1 E"], Float[Array, "B H S"], KV]:
+    """``decode_attention`` by an updated cache: compilers for CPUs and GPUs update it in place."""
+    cache = cache.write(own, slot)
+    weights = _softmax(_scores(q, cache.keys), visible[:, None, None])
+    out = _attended(weights, cache.values, q.dtype).astype(q.dtype)
+    return out.reshape(q.shape), weights.reshape(*q.shape[:2], -1), cache
+
+
+def _read_then_write(
+    q: Float[Array, "B H 1 E"],
+    cache: KV,
+    own: KV,
+    slot: Int[Array, ""] | int,
+    visible: Bool[Array, "B S"],
+) -> tuple[Float[Array, "B H 1 E"], Float[Array, "B H S"], KV]:
+    """``decode_attention`` by the cache as it was, with the token's own key and value apart.
+
+    What the cache holds in their slot is not read. The compiler for TPUs brings what is read to
+    on-chip memory; keys that were updated before, it would update there and write all of them back.
+    """
+    at_slot = jnp.arange(cache.slots) == slot
+    scores = jnp.where(at_slot, _scores(q, own.keys), _scores(q, cache.keys))
+    weights = _softmax(scores, visible[:, None, None])
+    out = _attended(jnp.where(at_slot, 0, weights), cache.values, q.dtype)
+    of_own = (weights * at_slot).sum(-1, keepdims=True)
+    out = (out + _attended(of_own, own.values, q.dtype)).astype(q.dtype)
+    return out.reshape(q.shape), weights.reshape(*q.shape[:2], -1), cache.write(own, slot)
+
+
+def _attended(
+    weights: Float[Array, "B K G S"], v: Float[Array, "B K S E"] | Int8Slots, dtype: DTypeLike
+) -> Float[Array, "B K G E"]:
+    """Sums of values in float32, multiplied in a dtype."""
+    v, scale = v if isinstance(v, Int8Slots) else (v, None)
+    if scale is not None:
+        weights = weights * scale[:, :, None]
+    return jnp.einsum(
+        "BKGS,BKSE->BKGE",
+        weights.astype(dtype),
+        v.astype(dtype),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
 
 
 def attention_weights(
@@ -280,22 +330,30 @@ def attention_weights(
     Returns:
         The weights in float32; those of a query sum to 1.
     """
-    batch, heads, queries, width = q.shape
+    batch, heads, queries, _ = q.shape
+    scores = _scores(q, k)
+    scores = scores.reshape(batch, scores.shape[1], -1, queries, scores.shape[3])
+    weights = _softmax(scores, visible[:, None, None])
+    return weights.reshape(batch, heads, queries, -1)
+
+
+def _scores(
+    q: Float[Array, "B H Q E"], k: Float[Array, "B K S E"] | Int8Slots
+) -> Float[Array, "B K rows S"]:
+    """Products of queries and keys in float32, the queries of a key/value head one after another.
+
+    The query heads of one key/value head become rows of one matrix product.
+    """
+    batch, _, _, width = q.shape
     k, scale = k if isinstance(k, Int8Slots) else (k, None)
-    # The query heads of one key/value head become rows of one matrix product.
-    grouped = (q * width**-0.5).reshape(batch, k.shape[1], -1, width)
     scores = jnp.einsum(
         "BKGE,BKSE->BKGS",
-        grouped,
+        (q * width**-0.5).reshape(batch, k.shape[1], -1, width),
         k.astype(q.dtype),
         precision="highest",
         preferred_element_type=jnp.float32,
     )
-    if scale is not None:
-        scores *= scale[:, :, None]
-    scores = scores.reshape(batch, k.shape[1], -1, queries, k.shape[2])
-    weights = _softmax(scores, visible[:, None, None])
-    return weights.reshape(batch, heads, queries, -1)
+    return scores if scale is None else scores * scale[:, :, None]
 
 
 def _softmax(scores: Float[Array, "..."], visible: Bool[Array, "..."]) -> Float[Array, "..."]:

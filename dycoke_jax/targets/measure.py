@@ -13,7 +13,6 @@ from dycoke_jax.errors import ConfigError
 from dycoke_jax.targets import hlo
 from dycoke_jax.targets.chips import Chip
 from dycoke_jax.targets.programs import Stage
-from dycoke_jax.targets.topology import as_if_cudnn_were_there
 
 Bound = Literal["matrix rate", "bandwidth", "interconnect"]
 
@@ -139,8 +138,7 @@ def compile_stage(stage: Stage, chip: Chip) -> Compiled:
     options: dict[str, Any] = {} if chip.gpu is None else _CUDA
     started = time.perf_counter()
     try:
-        with as_if_cudnn_were_there():
-            compiled = stage.function.lower(*stage.arguments, **stage.static).compile(options)
+        compiled = stage.function.lower(*stage.arguments, **stage.static).compile(options)
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" not in reason:

@@ -89,7 +89,8 @@ def devices_of(target: Target) -> list[jax.Device]:
 def as_if_cudnn_were_there() -> Iterator[None]:
     """Lets jax write calls of cuDNN's attention, as on a machine with a GPU.
 
-    jax asks cuDNN for its version when it traces such a call. XLA's compiler does not need cuDNN.
+    jax asks cuDNN for its version when it traces such a call, and keeps what it traced: everything
+    that traces belongs inside. XLA's compiler does not need cuDNN.
     """
     check = fused_attention_stablehlo.check_cudnn_version
     fused_attention_stablehlo.check_cudnn_version = lambda: 91000

@@ -9,21 +9,17 @@ Nothing is run. cuDNN's own checks are not made either: its kernels are calls in
 """
 
 import json
-import os
 import re
 import sys
 import time
 
 if __name__ == "__main__":
-    # Read by jax and libtpu when they are imported: there is no such device to look for.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    from dycoke_jax.targets.environment import without_devices
+
+    without_devices()
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from dycoke_jax import DyCoke
@@ -37,6 +33,7 @@ from dycoke_jax.generation.sampling import Sampling
 from dycoke_jax.generation.state import Limits
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import abstract_params
+from dycoke_jax.targets.topology import as_if_cudnn_were_there, devices_of, parse_target
 
 VISION_LAYERS, TEXT_LAYERS = 1, 2
 ROWS, FRAMES, PREFIX, QUESTION, GENERATED = 2, 32, 14, 40, 64
@@ -51,38 +48,7 @@ NAMES = ["encode"] + [
 KERNELS = {"encode": VISION_LAYERS, "prefill": TEXT_LAYERS, "decode": 0}
 """Calls of the attention kernel in the programs of each stage."""
 
-H100 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-gpu_device_info {
-  name: "NVIDIA H100 80GB HBM3"
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
-  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
-  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84942979072
-  runtime_version: "12.9.0"  driver_version: "12.9.0"  compile_time_toolkit_version: "12.9.0"
-  dnn_version: "9.10.0"
-}
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-"""
-
-
-def device(platform):
-    """One device of the platform, to compile for."""
-    if platform == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4")
-    else:
-        # jax asks cuDNN for its version, which is no part of the compiler.
-        fused_attention_stablehlo.check_cudnn_version = lambda: 91000
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology="1x1x1", target_config=H100
-        )
-    return topology.devices[0]
+TARGETS = {"tpu": "v6e:2x4", "cuda": "h100:1"}
 
 
 def model(newline):
@@ -148,7 +114,7 @@ def main(platform):
     # tile, and fails at the narrow ones of pooling. Calls of cuBLAS in their place change nothing
     # that is looked at here.
     options = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else {}
-    place, names = SingleDeviceSharding(device(platform)), []
+    place, names = SingleDeviceSharding(devices_of(parse_target(TARGETS[platform]))[0]), []
     for name, function, arguments, static in programs():
         start = time.perf_counter()
         placed = jax.tree.map(
@@ -167,4 +133,5 @@ def main(platform):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with as_if_cudnn_were_there():
+        main(sys.argv[1])
