@@ -52,11 +52,11 @@ class KV(NamedTuple):
         return self._each(lambda x: x[:, :, start:stop])
 
     def take(self, slots: Int[Array, "B chosen"]) -> "KV":
-        """Returns the given slots of each row, in the given order."""
+        """Returns the given slots of each row, in the given order; all must exist."""
 
         def taken(x: Array) -> Array:
             index = slots[:, None, :, None] if x.ndim == 4 else slots[:, None]
-            return jnp.take_along_axis(x, index, axis=2)
+            return jnp.take_along_axis(x, index, axis=2, mode="promise_in_bounds")
 
         return self._each(taken)
 

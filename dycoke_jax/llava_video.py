@@ -283,7 +283,7 @@ class LlavaVideo:
 
     def run(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         *,
         compression: Compressor | None = DyCoke(),  # noqa: B008 (frozen)
         batch_size: int = 8,
@@ -300,7 +300,8 @@ class LlavaVideo:
 
         Args:
             requests: the requests, such as a generator; at most four times ``batch_size`` of them
-                are taken before they are answered.
+                are taken before they are answered. None in place of a request says that none waits
+                now, so that those that were taken do not wait for a full batch either.
             compression: as in ``generate``.
             batch_size: as in ``generate``.
             stream_every: number of tokens between two pieces of an answer; None gives each answer

@@ -289,3 +289,28 @@ def test_what_is_no_failure_of_a_request_ends_the_run(model):
 def test_no_requests_give_no_results(model):
     assert [*model.run(iter(()))] == []
     assert model.generate([], [], failures="return") == []
+
+
+def test_requests_do_not_wait_for_a_full_batch_when_no_other_waits(model, clips):
+    """None in the stream says so, as often as it is asked, until all requests are answered."""
+    answered, unanswered_when_asked = [], []
+
+    def stream():
+        for burst in (1, 3, BATCH + 2):
+            first = len(answered)
+            for _ in range(burst):
+                yield Request("Why?", clips[2][0], Decoding(2))
+            while len(answered) < first + burst:  # a server's queue is empty so long
+                unanswered_when_asked.append(first + burst - len(answered))
+                assert len(unanswered_when_asked) < 100, "the requests do not run"
+                yield None
+        yield None  # with all requests answered it does no harm
+
+    reports = []
+    for result in model.run(
+        stream(), compression=METHOD, batch_size=BATCH, on_batch=reports.append
+    ):
+        answered.append(result.index)
+    assert answered == [*range(4 + BATCH + 2)]
+    assert [len(report.indices) for report in reports] == [1, 3, BATCH, 2]
+    assert unanswered_when_asked

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from support.checkpoints import tiny_llava_hf
 from support.clips import cut, write_clip
 from support.command_line import run_main
+from support.jobs import read_results, without_times, write_lines
 from support.on_hosts import TIMEOUT, answers, requests
 from support.tiny import tiny_model
 from support.tokenizers import tiny_tokenizer
@@ -151,12 +152,8 @@ def test_a_process_that_is_killed_ends_the_others(folder):
     assert not (folder / "0.json").exists()
 
 
-@pytest.mark.slow
-def test_one_process_prints_the_answer_of_the_command_line(tmp_path):
-    """The result is that of a run without others, and is printed once."""
-    clip = write_clip(tmp_path / "clip.mp4", 6)
-    asked = ["generate", "--model", TINY, "--video", clip, "--prompt", "What moves?", "--json"]
-    asked += ["--frames", "4"]
+def run_together(*asked):
+    """What two processes print, each on a device of its own, with all exit codes."""
     several = ["--coordinator", f"localhost:{free_port()}", "--processes", "2"]
     program = "import sys; from dycoke_jax.cli import main; main(sys.argv[1:])"
     started = [
@@ -170,16 +167,52 @@ def test_one_process_prints_the_answer_of_the_command_line(tmp_path):
         for process in range(2)
     ]
     ended = [one.communicate(timeout=120) for one in started]
-    assert [one.returncode for one in started] == [0, 0], ended
     # Gloo, which stands in for the links between devices on CPUs, talks on standard output.
-    first, second = (
+    printed = [
         [line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in ended
-    )
+    ]
+    return printed, [one.returncode for one in started], ended
+
+
+@pytest.mark.slow
+def test_one_process_prints_the_answer_of_the_command_line(tmp_path):
+    """The result is that of a run without others, and is printed once."""
+    clip = write_clip(tmp_path / "clip.mp4", 6)
+    asked = ["generate", "--model", TINY, "--video", clip, "--prompt", "What moves?", "--json"]
+    asked += ["--frames", "4"]
+    (first, second), codes, ended = run_together(*asked)
+    assert codes == [0, 0], ended
     assert second == []
     code, alone, _ = run_main(*asked)
     assert code == 0
     (line,) = first
     assert without_seconds(line) == without_seconds(alone)
+
+
+@pytest.mark.slow
+def test_a_batch_job_of_two_processes_writes_one_file_of_results(tmp_path):
+    """Each request has one result, the one of a run without others; what is there is kept."""
+    write_clip(tmp_path / "clip.mp4", 6)
+    (tmp_path / "bad.mp4").write_text("no clip")
+    lines = [
+        {"id": str(number), "prompt": "What moves" + "?" * number, "video": name}
+        for number, name in enumerate(["clip.mp4", None, "bad.mp4", "clip.mp4", "clip.mp4"])
+    ]
+    lines = [{key: value for key, value in line.items() if value} for line in lines]
+    requests = write_lines(tmp_path / "requests.jsonl", [*lines, "{"])
+    asked = ["batch", requests, "--model", TINY, "--frames", "4", "--json"]
+    code, _, _ = run_main(*asked[:2], tmp_path / "alone.jsonl", *asked[2:])
+    assert code == 3
+    alone = read_results(tmp_path / "alone.jsonl")
+    together = tmp_path / "together.jsonl"
+    kept = (tmp_path / "alone.jsonl").read_text().splitlines(keepends=True)[0]
+    together.write_text(kept)
+    (first, second), codes, ended = run_together(*asked[:2], together, *asked[2:])
+    assert codes == [3, 3], ended
+    assert second == []
+    assert json.loads(first[0])["computed"] == 5
+    assert together.read_text().startswith(kept)
+    assert without_times(read_results(together)) == without_times(alone)
 
 
 def without_seconds(line):

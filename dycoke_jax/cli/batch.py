@@ -22,14 +22,15 @@ from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.config import PoolMode
 from dycoke_jax.engine.requests import Decoding
 from dycoke_jax.errors import RequestError
+from dycoke_jax.hosts import Hosts, initialise, is_first
 from dycoke_jax.inputs import FrameSampling, Prompting
 from dycoke_jax.progress import Progress
 
 app = new_app()
 
 # Titles of the groups of options in the help text.
-_JOB, _CLIP, _COMPRESSION, _DECODING, _PROMPT = (
-    *("Job", "Clips", "Compression", "Decoding", "Prompt and model"),
+_JOB, _CLIP, _COMPRESSION, _DECODING, _PROMPT, _HOSTS = (
+    *("Job", "Clips", "Compression", "Decoding", "Prompt and model", "Several hosts"),
 )
 
 SOME_FAILED = 3
@@ -85,7 +86,7 @@ def batch(
         int,
         typer.Option(
             help="How often requests are tried again whose file could not be read for a reason "
-            "that may pass, such as a file server that does not answer.",
+            "that may pass, such as a file server that does not answer; several hosts do not.",
             rich_help_panel=_JOB,
         ),
     ] = 2,
@@ -141,19 +142,23 @@ def batch(
     kv: KeysValues = None,
     mesh: MeshSizes = None,
     fsdp: Fsdp = False,
+    hosts: Annotated[Hosts, Options(_HOSTS)],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as one JSON object.")
     ] = False,
 ) -> None:
     """Answer a file of requests about videos; a job that was killed is completed."""
+    import jax
+
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.chat_template import find_chat_template
     from dycoke_jax.inputs.chat_template import check_template
     from dycoke_jax.inputs.decoding_pool import DecodingPool
-    from dycoke_jax.jobs.result_file import open_results
+    from dycoke_jax.jobs.result_file import open_results_together
     from dycoke_jax.jobs.run import Job, check_compression, check_requests, run_job
     from dycoke_jax.jobs.settings import JobSettings, parse_shard
     from dycoke_jax.llava_video import LlavaVideo
+    from dycoke_jax.sharding import parse_mesh
 
     # Bad settings and requests are refused before a large checkpoint is read.
     checks.whole_number("--batch-size", batch_size, 1, error=RequestError)
@@ -161,7 +166,11 @@ def batch(
     compression = chosen(given, compress, None if no_dycoke else dycoke)
     settings = JobSettings(compression, decoding, sampling, prompting, allow_damaged)
     job = Job(requests, settings, parse_shard(shard))
-    with open_results(results) as written:
+    sizes = None if mesh is None else parse_mesh(mesh)
+    initialise(hosts)
+    if hosts.several and sizes is None:
+        sizes = {"data": jax.device_count()}
+    with open_results_together(results) as written:
         checked = check_requests(job, written, force=force)
         checkpoint = open_checkpoint(model, pool_mode=pool_mode)
         say_notes(checkpoint.notes)
@@ -174,7 +183,7 @@ def batch(
                 dtype=dtype,
                 weights=weights,
                 kv=kv,
-                mesh=mesh,
+                mesh=sizes,
                 fsdp=fsdp,
                 progress=progress,
             )
@@ -186,13 +195,16 @@ def batch(
                     written,
                     checked,
                     batch_size=batch_size,
-                    max_retries=max_retries,
+                    # Only the process that has read a clip knows whether its error may pass.
+                    max_retries=0 if hosts.several else max_retries,
                     force=force,
                     read=pool.read,
                     stop=stop,
                     progress=progress if sys.stderr.isatty() else _logged(),
                 )
-    if as_json:
+    if hosts.several and not is_first():
+        pass  # the first process says it
+    elif as_json:
         print(json.dumps(asdict(summary) | {"rate": summary.rate}))
     else:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(summary.errors.items()))

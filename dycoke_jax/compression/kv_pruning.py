@@ -112,9 +112,9 @@ class WorkingSet:
             # Rows that were not refreshed get what they have: their chosen set is the old one.
             filled: list[KV] = []
             for cache, of_all in zip(working, parked.caches, strict=True):
+                # After the layer before, so that a single layer is held besides at a time.
+                of_all, filled = jax.lax.optimization_barrier((of_all, filled))
                 if self.on_host:
-                    # After the layer before, so that the device holds a single layer at a time.
-                    of_all, filled = jax.lax.optimization_barrier((of_all, filled))
                     of_all = of_all.to_device()
                 filled.append(cache.write(of_all.take(chosen), 0))
             return filled

@@ -112,7 +112,7 @@ class Ahead:
 
     def __init__(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         prepare: Callable[[Request], Prepared],
         processes: Processes = ALONE,
         together: int = 1,
@@ -120,7 +120,7 @@ class Ahead:
         """Begins with no request.
 
         Args:
-            requests: the stream.
+            requests: the stream; None in it says that no request waits now.
             prepare: prepares a request; called in threads.
             processes: the processes that work together.
             together: of how many requests they tell each other at once.
@@ -140,12 +140,14 @@ class Ahead:
         return len(self._in_work) + len(self._finished)
 
     def extend(self, most: int) -> None:
-        """Takes requests from the stream until ``most`` are in preparation, or it ends."""
+        """Takes requests until ``most`` are in preparation, none waits now, or the stream ends."""
         while len(self) < most and not self.has_ended:
             try:
                 request = next(self._requests)
             except StopIteration:
                 self.has_ended = True
+                return
+            if request is None:
                 return
             future = None
             if self._processes.reader(self.begun) == self._processes.index:

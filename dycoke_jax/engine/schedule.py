@@ -82,7 +82,7 @@ def run(
     model: Model,
     tokenizer: Tokenizer,
     prepare: Callable[[Request], Prepared],
-    requests: Iterable[Request],
+    requests: Iterable[Request | None],
     compression: Compressor | None,
     *,
     stop_ids: tuple[int, ...],
@@ -105,7 +105,9 @@ def run(
         model: the model.
         tokenizer: the checkpoint's tokenizer.
         prepare: reads the clip of a request and encodes its prompt; called in threads.
-        requests: the requests, of which there may be any number.
+        requests: the requests, of which there may be any number. None in place of one says that
+            none waits now: those that were taken run, in a batch that is not full if need be, and
+            then the stream is asked again. It may only block where all of them are answered.
         compression: method and settings, or None for the plain model.
         stop_ids: ids that end an answer.
         batch_size: largest number of requests that run together; with several processes rounded up
@@ -149,7 +151,7 @@ def run(
 def form_batches(
     config: LlavaConfig,
     prepare: Callable[[Request], Prepared],
-    requests: Iterable[Request],
+    requests: Iterable[Request | None],
     compression: Compressor | None,
     *,
     batch_size: int,
@@ -187,7 +189,9 @@ def form_batches(
                     continue
                 batch = queues.full() or queues.overdue()
             elif not queues:
-                return
+                if ahead.has_ended:
+                    return
+                continue  # no request waits, and none is unanswered
             elif ahead.has_ended:
                 batch = queues.largest()
             else:

@@ -8,26 +8,65 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
+import jax
 
 from dycoke_jax.errors import OutputError
 from dycoke_jax.files import check_writable
+from dycoke_jax.hosts import is_first, share
 
 _START = b'{"id": '
 """How every line begins."""
 
 
-class ResultFile:
+class Results:
+    """What is known of the results of a job, in a process that leaves writing them to another.
+
+    Attributes:
+        path: the file of results.
+        digests: digest of each request that has a result, by its id.
+        failed: kind of error of each request that has failed, by its id.
+        models: fingerprints of the models that have made the results.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Begins without a result."""
+        self.path = path
+        self.digests: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.models: set[str] = set()
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Adds a result, which ``commit`` writes; its first key is ``id``."""
+        self._note(result)
+
+    def commit(self) -> None:
+        """Writes the results that have been added; here nothing."""
+
+    def told(self) -> bytes:
+        """All that is known, for ``heard``."""
+        return json.dumps([self.digests, self.failed, sorted(self.models)]).encode()
+
+    def heard(self, told: bytes) -> None:
+        """Takes what another process knows."""
+        self.digests, self.failed, models = json.loads(told)
+        self.models = set(models)
+
+    def _note(self, result: dict[str, Any]) -> None:
+        own = result["id"]
+        if own in self.digests:
+            raise ValueError
+        self.digests[own] = result["request"]
+        self.models.add(result["model"])
+        if "error" in result:
+            self.failed[own] = result["error"]["kind"]
+
+
+class ResultFile(Results):
     """Results that are there, and more of them, which are appended.
 
     Lines are held back until ``commit``, which writes whole lines and waits until they are on disk.
     A process that is killed while it writes leaves at most one torn line, at the end, which is cut
     off when the file is opened the next time.
-
-    Attributes:
-        path: the file.
-        digests: digest of each request that has a result, by its id.
-        failed: kind of error of each request that has failed, by its id.
-        models: fingerprints of the models that have made the results.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,10 +75,7 @@ class ResultFile:
         Raises:
             OutputError: if the file holds anything but results.
         """
-        self.path = path
-        self.digests: dict[str, str] = {}
-        self.failed: dict[str, str] = {}
-        self.models: set[str] = set()
+        super().__init__(path)
         self._waiting: list[bytes] = []
         with path.open("ab+") as file:
             whole = self._read(file)
@@ -65,15 +101,6 @@ class ResultFile:
             size += len(line)
         return size
 
-    def _note(self, result: dict[str, Any]) -> None:
-        own = result["id"]
-        if own in self.digests:
-            raise ValueError
-        self.digests[own] = result["request"]
-        self.models.add(result["model"])
-        if "error" in result:
-            self.failed[own] = result["error"]["kind"]
-
     def _foreign(self, number: int) -> OutputError:
         return OutputError(
             f"{self.path}: line {number} is no result of a job, or the second of its id; it is "
@@ -82,7 +109,7 @@ class ResultFile:
 
     def add(self, result: dict[str, Any]) -> None:
         """Adds a result, which ``commit`` writes; its first key is ``id``."""
-        self._note(result)
+        super().add(result)
         self._waiting.append(json.dumps(result).encode() + b"\n")
 
     def commit(self) -> None:
@@ -137,3 +164,22 @@ def open_results(path: Path) -> Iterator[ResultFile]:
             results.commit()
     finally:
         lock.release()
+
+
+@contextmanager
+def open_results_together(path: Path) -> Iterator[Results]:
+    """Opens a file of results in the first of several processes, and tells the others what it has.
+
+    With one process it is ``open_results``.
+    """
+    if jax.process_count() == 1:
+        with open_results(path) as results:
+            yield results
+    elif is_first():
+        with open_results(path) as results:
+            share(results.told())
+            yield results
+    else:
+        known = Results(path)
+        known.heard(share(b"")[0])
+        yield known

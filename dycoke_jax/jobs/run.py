@@ -21,7 +21,7 @@ from dycoke_jax.engine.schedule import BatchReport
 from dycoke_jax.errors import ConfigError, RequestError, printable
 from dycoke_jax.inputs.any_video import ReadVideo, read_video
 from dycoke_jax.jobs.request_file import Line, read_requests
-from dycoke_jax.jobs.result_file import ResultFile
+from dycoke_jax.jobs.result_file import Results
 from dycoke_jax.jobs.settings import JobSettings, Shard
 from dycoke_jax.llava_video import LlavaVideo
 from dycoke_jax.progress import Progress
@@ -118,7 +118,7 @@ class Summary:
         return self.computed / self.seconds if self.seconds else 0.0
 
 
-def check_requests(job: Job, results: ResultFile, *, force: bool = False) -> Checked:
+def check_requests(job: Job, results: Results, *, force: bool = False) -> Checked:
     """Reads all requests once, before the model is loaded.
 
     Args:
@@ -195,7 +195,7 @@ def check_compression(
 def run_job(
     model: LlavaVideo,
     job: Job,
-    results: ResultFile,
+    results: Results,
     checked: Checked,
     *,
     batch_size: int = 8,
@@ -289,7 +289,7 @@ class _Run:
         self,
         model: LlavaVideo,
         job: Job,
-        results: ResultFile,
+        results: Results,
         checked: Checked,
         made_by: str,
         batch_size: int,
