@@ -22,7 +22,7 @@ FLOORS = (
     ("demo",),
     ("recipes",),
     ("targets",),
-    ("bench", "inspection", "evaluation", "jobs", "training"),
+    ("bench", "inspection", "evaluation", "jobs", "serving", "training"),
     ("llava_video",),
     ("engine", "tasks"),
     ("generation",),

@@ -20,7 +20,10 @@ PAGES = (
     README,
     ACCURACY,
     DOCS / "jobs.md",
-    *(DOCS / f"{name}.md" for name in ("architecture", "performance", "training", "videos")),
+    *(
+        DOCS / f"{name}.md"
+        for name in ("architecture", "performance", "serving", "training", "videos")
+    ),
 )
 
 

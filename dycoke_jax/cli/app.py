@@ -19,6 +19,7 @@ COMMANDS = {
         "batch",
         "Answer a file of requests about videos; a job that was killed is completed.",
     ),
+    "serve": ("serve", "Answer requests over HTTP, in the form of the OpenAI API."),
     "warmup": ("warm_up", "Compile the programs for given sizes, ahead of the first question."),
     "demo": ("asking", "Compare answers, token counts and times with and without compression."),
     "convert": ("checkpoints", "Convert a checkpoint to another layout."),

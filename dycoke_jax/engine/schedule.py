@@ -7,9 +7,9 @@ every row of a batch is independent of the others, no answer depends on what it 
 batch always has the layout of one of its requests, so no stream needs programs that its requests
 do not need one by one.
 
-Which batches are formed depends on the requests and on nothing else, such as the time that it takes
-to read a clip. So several processes that answer one stream form the same batches, in which each has
-as many rows: for requests whose clips it has read.
+Which batches are formed depends on the stream, which may say that no request waits now, and on
+nothing else, such as the time that it takes to read a clip. So several processes that answer one
+stream form the same batches, in which each has as many rows: for requests whose clips it has read.
 """
 
 from collections import Counter
