@@ -268,13 +268,10 @@ def needed(name):
 @pytest.mark.parametrize("name", TPUS)
 def test_a_decode_step_on_a_tpu_moves_little_more_than_it_needs(name):
     """By the compiler of the TPU itself: no weight and no cache is gathered or copied."""
-    whole, result, decode = report(name)
-    layers, of_model = result["layers"], PRESETS[whole["preset"]].text.num_layers
+    _, result, decode = report(name)
+    layers = result["layers"]
     assert result["fits"]
     assert decode["aliased"] == result["state"] > result["cache"]
-    # Against the cache of all layers. A refill that gathered all layers at once would exceed it.
-    cache_of_all = result["cache"] * of_model // layers
-    assert decode["memory"]["temporaries"] < 0.06 * cache_of_all
     collectives = decode["collectives"]
     # Two a layer; one each for the embedding, the scores, and whether rows are done or refreshed.
     assert sum(each["kind"] == "all-reduce" for each in collectives) <= 2 * layers + 4
@@ -285,6 +282,28 @@ def test_a_decode_step_on_a_tpu_moves_little_more_than_it_needs(name):
     head, _, at_least = needed(name)
     assert head < decode["bytes"]["counted"] <= 1.2 * at_least
     assert decode["bytes"]["counted"] > 0.95 * at_least
+
+
+MISSED = pytest.mark.xfail(strict=True, reason="5.6 %: more than the arrays of the program explain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("7b on v6e, plain", 0.05),
+        pytest.param("7b on v6e, dycoke", 0.05, marks=MISSED),
+        ("7b on v6e, dycoke", 0.06),  # a refill that gathers all layers at once takes far more
+        ("7b on v5e, dycoke", 0.05),
+        ("72b on v5p, dycoke", 0.05),
+    ],
+)
+def test_temporaries_of_decoding_are_few_beside_the_cache(name, share):
+    """Against the cache of all layers, where only few are compiled."""
+    whole, result, decode = report(name)
+    of_model = PRESETS[whole["preset"]].text.num_layers
+    cache = result["cache"] * of_model // result["layers"]
+    assert decode["memory"]["temporaries"] < share * cache
 
 
 @pytest.mark.slow
