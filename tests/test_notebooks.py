@@ -28,4 +28,4 @@ def test_runs(path):
 
 
 def test_there_are_some():
-    assert len(NOTEBOOKS) == 3
+    assert len(NOTEBOOKS) == 4

@@ -368,12 +368,14 @@ def test_a_shutdown_in_the_middle_answers_what_is_here_and_refuses_the_rest(mode
         assert not running.thread.is_alive()
 
 
-def test_a_shutdown_waits_no_longer_than_its_time_of_grace(model, clips):
-    with serving(model, grace=0.2) as running:
+@pytest.mark.parametrize(("grace", "signals"), [(0.2, 1), (60.0, 2)])
+def test_a_shutdown_waits_for_its_time_of_grace_or_a_second_signal(model, clips, grace, signals):
+    with serving(model, grace=grace) as running:
         running.gate.clear()
         later = running.later(clip_and("What moves?", data_url(clips[0])))
         running.wait(lambda: running.in_hand() == 1)
-        running.server.drain()
+        for _ in range(signals):
+            running.server.handle_exit(signal.SIGTERM, None)
         with pytest.raises(openai.InternalServerError) as refused:
             later.result(30)
         assert refused.value.status_code == 503
@@ -564,6 +566,8 @@ def test_addresses_are_fetched_only_where_that_is_allowed(model, clips, expected
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 1025}, "max_tokens"),
+        ({"max_completion_tokens": 1025}, "max_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -667,9 +671,17 @@ def test_settings_are_checked(settings):
         Serving(**settings)
 
 
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("dycoke_jax.cli.serve.find_spec", lambda name: None)
+    code, _, err = run_main("serve", "--model", "no-such-model")
+    assert code == 2
+    assert "pip install 'dycoke_jax[serve]'" in err
+
+
 def test_bad_options_are_refused_before_the_model_is_read():
     for options, message in (
-        (["--frames", "200"], "--frames is 200, above --max-frames"),
+        (["--frames", "200"], "--frames is 200, above --max-frames, which is 128"),
+        (["--max-new-tokens", "2000"], "--max-new-tokens is 2000, above --max-tokens"),
         (["--api-key", " "], "the API key is empty"),
         (["--compress", "magic"], "there is no method 'magic'"),
     ):

@@ -34,7 +34,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @app.command(
     epilog="Example: `dycoke-jax serve --model ov-0.5b`, and a client of the OpenAI API with the "
     "base URL `http://127.0.0.1:8000/v1`. SIGTERM or Ctrl-C: requests that are here are answered, "
-    "then the command ends with exit code 0; a second one ends it at once."
+    "then the command ends with exit code 0; after a second one it waits no longer."
 )
 @compiles
 @with_settings
@@ -126,10 +126,12 @@ def serve(
     compression = chosen(given, compress, None if no_dycoke else dycoke)
     if api_key is not None and not api_key.strip():
         raise ConfigError("the API key is empty; give a key, or leave it out")
-    if sampling.frames > serving.max_frames:
-        raise ConfigError(
-            f"--frames is {sampling.frames}, above --max-frames, which is {serving.max_frames}"
-        )
+    for setting, value, limit, most in (
+        ("--frames", sampling.frames, "--max-frames", serving.max_frames),
+        ("--max-new-tokens", decoding.max_new_tokens, "--max-tokens", serving.max_tokens),
+    ):
+        if value > most:
+            raise ConfigError(f"{setting} is {value}, above {limit}, which is {most}")
     name = served_name or Path(model).name
     defaults = Defaults(name, decoding, sampling, prompting, compression, allow_damaged)
     taken = bind(host, port)

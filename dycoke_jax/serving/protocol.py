@@ -181,7 +181,8 @@ def read_body(body: bytes, defaults: Defaults, settings: Serving) -> Asked:
         if asked.compression is not None:
             compression = parse_compression(asked.compression)
             check_compressor(compression)
-        decoding, sampling = _decoding(asked, defaults), _sampling(asked, defaults, settings)
+        decoding = _decoding(asked, defaults, settings)
+        sampling = _sampling(asked, defaults, settings)
     except DycokeError as error:
         raise bad(str(error)) from None
     turns, video = _conversation(asked.messages, settings)
@@ -216,7 +217,7 @@ def _check_fields(asked: _Body) -> None:
         raise bad(f"there is no field {shown(name)}", name[:64], "unknown_parameter")
 
 
-def _decoding(asked: _Body, defaults: Defaults) -> Decoding:
+def _decoding(asked: _Body, defaults: Defaults, settings: Serving) -> Decoding:
     tokens = asked.max_completion_tokens
     given: dict[str, Any] = {
         "max_new_tokens": asked.max_tokens if tokens is None else tokens,
@@ -226,9 +227,12 @@ def _decoding(asked: _Body, defaults: Defaults) -> Decoding:
         # Each answer that is sampled is another one, unless a seed is given.
         "seed": secrets.randbelow(2**31) if asked.seed is None else asked.seed,
     }
-    return dataclasses.replace(
+    decoding = dataclasses.replace(
         defaults.decoding, **{name: value for name, value in given.items() if value is not None}
     )
+    if decoding.max_new_tokens > settings.max_tokens:
+        raise bad(f"this server's answers have at most {settings.max_tokens} tokens", "max_tokens")
+    return decoding
 
 
 def _sampling(asked: _Body, defaults: Defaults, settings: Serving) -> FrameSampling:

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -22,6 +23,8 @@ _LOG = logging.getLogger(__name__)
 
 _LAST_SECONDS = 5
 """In which the last answers must be sent, after the engine has ended or was given up."""
+_TICK = 0.05
+"""Seconds after which it is looked again whether the server is to end at once."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -56,7 +59,7 @@ class Server(uvicorn.Server):
     """The server of one model.
 
     At the first SIGTERM or SIGINT it refuses new requests with the status 503 and goes on with
-    those that it has; at the second one it ends at once.
+    those that it has; at the second one it gives them up.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Server(uvicorn.Server):
         metrics = Metrics()
         self.worker = Worker(model, settings, metrics, read)
         self._grace = settings.grace
+        self._hurries = False
         self._draining: threading.Thread | None = None
         app = make_app(self.worker, metrics, defaults, settings, api_key)
         super().__init__(
@@ -97,9 +101,9 @@ class Server(uvicorn.Server):
         super().run(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins to end, at the second signal at once."""
+        """Begins to end; the second signal ends the time of grace."""
         if self._draining is not None:
-            self.should_exit = self.force_exit = True
+            self._hurries = True
         # Not in this handler, which may have interrupted a thread that holds a lock.
         self.drain()
 
@@ -114,7 +118,10 @@ class Server(uvicorn.Server):
 
     def _drain(self) -> None:
         self.worker.stop()
-        if not self.worker.join(self._grace):
-            _LOG.warning("requests were not answered within the time of grace")
+        until = time.monotonic() + self._grace
+        while time.monotonic() < until and not self._hurries and not self.worker.join(_TICK):
+            pass
+        if not self.worker.join(0):
+            _LOG.warning("the server ends before all of its requests are answered")
             self.worker.give_up()
         self.should_exit = True

@@ -23,6 +23,8 @@ class Serving:
         max_body: largest body of a request in MB (10^6 bytes). A clip as a data URL takes a third
             more than its file.
         max_frames: largest number of frames that a request may ask for, at least 1.
+        max_tokens: largest number of tokens of an answer that a request may ask for, at least 1.
+            Requests that run together wait for the longest of their answers.
         clip_timeout: seconds that reading one clip may take.
         media_root: folder whose files requests may name by file:// URLs. Default: none may.
         allow_urls: fetch clips from http and https URLs, also from hosts that only this machine
@@ -39,13 +41,14 @@ class Serving:
     grace: float = 30.0
     max_body: int = 64
     max_frames: int = 128
+    max_tokens: int = 1024
     clip_timeout: float = 60.0
     media_root: Path | None = None
     allow_urls: bool = False
 
     def __post_init__(self) -> None:
         """Checks the types and values of the settings."""
-        for name in ("batch_size", "max_requests", "max_body", "max_frames"):
+        for name in ("batch_size", "max_requests", "max_body", "max_frames", "max_tokens"):
             checks.whole_number(name, getattr(self, name), 1, error=RequestError)
         for name in ("gather", "grace"):
             checks.number(name, getattr(self, name), 0, error=RequestError)
