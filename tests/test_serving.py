@@ -270,6 +270,7 @@ def test_what_takes_too_long_is_given_up_and_the_server_goes_on(model, clips):
         running.wait(lambda: running.in_hand() == 0)
         assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
         assert running.metric('requests_total{status="504"}') == 2
+        assert running.metric("batch_fill_count") == 0, "for nobody, nothing is computed"
 
 
 def test_a_client_that_goes_away_leaves_no_trace(model, clips):
@@ -293,6 +294,7 @@ def test_a_client_that_goes_away_leaves_no_trace(model, clips):
         running.wait(lambda: running.metric('requests_total{status="499"}') == 2)
         running.gate.set()
         running.wait(lambda: running.in_hand() == 0)
+        assert running.metric("batch_fill_count") == 0
         assert running.post(body).status_code == 200
 
 
