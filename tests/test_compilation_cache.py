@@ -163,7 +163,7 @@ def test_a_command_says_once_that_the_folder_cannot_be_written_and_goes_on(tmp_p
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"convert", "init", "warmup"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"convert", "init", "warmup", "compile"}))
 def test_every_command_that_compiles_has_the_option(name):
     group = typer.main.get_group(app)
     context = typer.Context(group)

@@ -1,9 +1,5 @@
 """The command that compiles for devices that are not there: compile."""
 
-from dycoke_jax.targets.environment import without_devices
-
-without_devices()  # before jax is imported
-
 import json
 from dataclasses import replace
 from typing import Annotated
@@ -89,6 +85,7 @@ def compile(
     """Compile for a TPU slice or GPUs that need not be there, and print what it costs."""
     from dycoke_jax.sharding import parse_mesh
     from dycoke_jax.targets import report
+    from dycoke_jax.targets.environment import without_devices
     from dycoke_jax.targets.programs import STAGES, Workload, mesh_of, sizes_of_mesh
     from dycoke_jax.targets.run import compile_workload
     from dycoke_jax.targets.topology import as_if_cudnn_were_there, devices_of, parse_target
@@ -115,6 +112,7 @@ def compile(
     names = (PLAIN,) if no_dycoke else compress or ("dycoke",)
     methods = {text: parse_compression(text) for text in names}
     wanted = parse_target(target)
+    without_devices()
     devices = devices_of(wanted)
     sizes = sizes_of_mesh(config, len(devices)) if mesh is None else parse_mesh(mesh)
     on = mesh_of(devices, config, sizes)

@@ -1,16 +1,18 @@
-"""What has to be set before jax is imported, to compile for devices that are not there."""
+"""What has to be set before a device is used, to compile for devices that are not there."""
 
 import os
+
+import jax
 
 
 def without_devices() -> None:
     """Makes this process use the CPU alone, and compile for devices without looking for them.
 
-    jax and the compiler of TPUs read these variables when they are imported.
+    The variables are read by the compiler of TPUs when it is loaded.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     # Compiling again must compile, so that its time is that of the compiler.
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    jax.config.update("jax_enable_compilation_cache", False)
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     # The compiler's lock admits one process at a time, which is meant for real devices.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
