@@ -7,19 +7,26 @@ from typing import Annotated
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, new_app
+from dycoke_jax.cli.app import new_app
 from dycoke_jax.cli.compilation import compiles
-from dycoke_jax.cli.compress import FORM, chosen
+from dycoke_jax.cli.compress import Compress, NoDycoke, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
-from dycoke_jax.cli.loading import Fsdp, KeysValues, MeshSizes, Weights
+from dycoke_jax.cli.loading import (
+    ComputedIn,
+    Fsdp,
+    KeysValues,
+    MeshSizes,
+    Pooling,
+    Weights,
+    connect,
+)
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.compression.methods import described
-from dycoke_jax.config import PoolMode
 from dycoke_jax.engine.requests import Decoding
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.files import check_writable
-from dycoke_jax.hosts import Hosts, initialise, is_first
+from dycoke_jax.hosts import Hosts, is_first
 from dycoke_jax.inputs import FrameSampling, Prompting, check_clip
 
 # The networks and the readers of checkpoints are imported inside the commands: --help needs none.
@@ -31,14 +38,6 @@ _CLIP, _COMPRESSION, _DECODING, _PROMPT = "Clip", "Compression", "Decoding", "Pr
 _HOSTS = "Several hosts"
 
 _DEMO_SAMPLING = FrameSampling(frames=16)
-
-Compress = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Method of token compression in place of DyCoke with the options above. {FORM}",
-        rich_help_panel=_COMPRESSION,
-    ),
-]
 
 
 @app.command(
@@ -57,29 +56,12 @@ def generate(
     ] = None,
     sampling: Annotated[FrameSampling, Options(_CLIP)],
     dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
-    no_dycoke: Annotated[
-        bool,
-        typer.Option(
-            "--no-dycoke", help="Run the model without DyCoke.", rich_help_panel=_COMPRESSION
-        ),
-    ] = False,
+    no_dycoke: NoDycoke = False,
     compress: Compress = None,
     decoding: Annotated[Decoding, Options(_DECODING)],
     prompting: Annotated[Prompting, Options(_PROMPT)],
-    pool_mode: Annotated[
-        PoolMode | None,
-        typer.Option(
-            help="Pooling of visual tokens. Default: that of the checkpoint's configuration.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Dtype of weights and computation. Default: as stored.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
+    pool_mode: Pooling = None,
+    dtype: ComputedIn = None,
     weights: Weights = None,
     kv: KeysValues = None,
     mesh: MeshSizes = None,
@@ -98,20 +80,14 @@ def generate(
     ] = False,
 ) -> None:
     """Answer a question about a video."""
-    import jax
-
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.chat_template import find_chat_template
     from dycoke_jax.inputs.chat_template import check_template
     from dycoke_jax.llava_video import LlavaVideo
-    from dycoke_jax.sharding import parse_mesh
 
     # Bad settings and clips are refused before a large checkpoint is read.
     compression = chosen(given, compress, None if no_dycoke else dycoke)
-    sizes = None if mesh is None else parse_mesh(mesh)
-    initialise(hosts)
-    if hosts.several and sizes is None:
-        sizes = {"data": jax.device_count()}
+    sizes = connect(hosts, mesh)
     if video is not None and not hosts.several:  # of several processes one alone opens the clip
         check_clip(video, allow_damaged=allow_damaged)
     checkpoint = open_checkpoint(model, pool_mode=pool_mode)

@@ -11,18 +11,25 @@ from typing import Annotated
 import typer
 
 from dycoke_jax import checks
-from dycoke_jax.cli.app import Dtype, new_app
+from dycoke_jax.cli.app import new_app
 from dycoke_jax.cli.compilation import compiles
-from dycoke_jax.cli.compress import FORM, chosen
+from dycoke_jax.cli.compress import Compress, NoDycoke, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
 from dycoke_jax.cli.interrupts import INTERRUPTED, interruptible
-from dycoke_jax.cli.loading import Fsdp, KeysValues, MeshSizes, Weights
+from dycoke_jax.cli.loading import (
+    ComputedIn,
+    Fsdp,
+    KeysValues,
+    MeshSizes,
+    Pooling,
+    Weights,
+    connect,
+)
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
 from dycoke_jax.compression.dycoke import DyCoke
-from dycoke_jax.config import PoolMode
 from dycoke_jax.engine.requests import Decoding
 from dycoke_jax.errors import RequestError
-from dycoke_jax.hosts import Hosts, initialise, is_first
+from dycoke_jax.hosts import Hosts, is_first
 from dycoke_jax.inputs import FrameSampling, Prompting
 from dycoke_jax.progress import Progress
 
@@ -109,35 +116,12 @@ def batch(
         ),
     ] = False,
     dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
-    no_dycoke: Annotated[
-        bool,
-        typer.Option(
-            "--no-dycoke", help="Run the model without DyCoke.", rich_help_panel=_COMPRESSION
-        ),
-    ] = False,
-    compress: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Method of token compression in place of DyCoke with the options above. {FORM}",
-            rich_help_panel=_COMPRESSION,
-        ),
-    ] = None,
+    no_dycoke: NoDycoke = False,
+    compress: Compress = None,
     decoding: Annotated[Decoding, Options(_DECODING)],
     prompting: Annotated[Prompting, Options(_PROMPT)],
-    pool_mode: Annotated[
-        PoolMode | None,
-        typer.Option(
-            help="Pooling of visual tokens. Default: that of the checkpoint's configuration.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Dtype of weights and computation. Default: as stored.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
+    pool_mode: Pooling = None,
+    dtype: ComputedIn = None,
     weights: Weights = None,
     kv: KeysValues = None,
     mesh: MeshSizes = None,
@@ -148,8 +132,6 @@ def batch(
     ] = False,
 ) -> None:
     """Answer a file of requests about videos; a job that was killed is completed."""
-    import jax
-
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.chat_template import find_chat_template
     from dycoke_jax.inputs.chat_template import check_template
@@ -158,7 +140,6 @@ def batch(
     from dycoke_jax.jobs.run import Job, check_compression, check_requests, run_job
     from dycoke_jax.jobs.settings import JobSettings, parse_shard
     from dycoke_jax.llava_video import LlavaVideo
-    from dycoke_jax.sharding import parse_mesh
 
     # Bad settings and requests are refused before a large checkpoint is read.
     checks.whole_number("--batch-size", batch_size, 1, error=RequestError)
@@ -166,10 +147,7 @@ def batch(
     compression = chosen(given, compress, None if no_dycoke else dycoke)
     settings = JobSettings(compression, decoding, sampling, prompting, allow_damaged)
     job = Job(requests, settings, parse_shard(shard))
-    sizes = None if mesh is None else parse_mesh(mesh)
-    initialise(hosts)
-    if hosts.several and sizes is None:
-        sizes = {"data": jax.device_count()}
+    sizes = connect(hosts, mesh)
     with open_results_together(results) as written:
         checked = check_requests(job, written, force=force)
         checkpoint = open_checkpoint(model, pool_mode=pool_mode)

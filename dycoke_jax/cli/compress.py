@@ -1,6 +1,9 @@
-"""The option ``--compress`` of several commands."""
+"""The options that choose the compression, shared by several commands."""
 
 import dataclasses
+from typing import Annotated
+
+import typer
 
 from dycoke_jax.cli.options import option
 from dycoke_jax.compression.dycoke import DyCoke
@@ -15,6 +18,20 @@ FORM = (
     + ". Those for different stages are joined by `+`."
 )
 """What the option is given, as the end of its help."""
+
+_PANEL = "Compression"
+
+Compress = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Method of token compression in place of DyCoke with the options above. {FORM}",
+        rich_help_panel=_PANEL,
+    ),
+]
+NoDycoke = Annotated[
+    bool,
+    typer.Option("--no-dycoke", help="Run the model without DyCoke.", rich_help_panel=_PANEL),
+]
 
 
 def chosen(

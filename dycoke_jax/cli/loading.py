@@ -2,12 +2,29 @@
 
 from typing import Annotated
 
+import jax
 import typer
 
-from dycoke_jax.config import Storage
+from dycoke_jax.cli.app import Dtype
+from dycoke_jax.config import PoolMode, Storage
+from dycoke_jax.hosts import Hosts, initialise
+from dycoke_jax.sharding import DATA, parse_mesh
 
 _PANEL = "Prompt and model"
 
+Pooling = Annotated[
+    PoolMode | None,
+    typer.Option(
+        help="Pooling of visual tokens. Default: that of the checkpoint's configuration.",
+        rich_help_panel=_PANEL,
+    ),
+]
+ComputedIn = Annotated[
+    Dtype | None,
+    typer.Option(
+        help="Dtype of weights and computation. Default: as stored.", rich_help_panel=_PANEL
+    ),
+]
 Weights = Annotated[
     Storage | None,
     typer.Option(
@@ -41,3 +58,23 @@ Fsdp = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+
+
+def connect(hosts: Hosts, mesh: str | None) -> dict[str, int] | None:
+    """Connects the processes of a run, and reads the sizes of its mesh.
+
+    Args:
+        hosts: how they find each other.
+        mesh: text of ``--mesh``; None spreads rows over the devices of several processes.
+
+    Returns:
+        The sizes; None for a single device.
+
+    Raises:
+        ConfigError: if the sizes cannot be read, or the processes cannot be connected.
+    """
+    sizes = None if mesh is None else parse_mesh(mesh)
+    initialise(hosts)
+    if hosts.several and sizes is None:
+        return {DATA: jax.device_count()}
+    return sizes

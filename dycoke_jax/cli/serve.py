@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, new_app
+from dycoke_jax.cli.app import new_app
 from dycoke_jax.cli.compilation import compiles
-from dycoke_jax.cli.compress import FORM, chosen
+from dycoke_jax.cli.compress import Compress, NoDycoke, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
-from dycoke_jax.cli.loading import Fsdp, KeysValues, MeshSizes, Weights
+from dycoke_jax.cli.loading import ComputedIn, Fsdp, KeysValues, MeshSizes, Pooling, Weights
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
 from dycoke_jax.compression.dycoke import DyCoke
-from dycoke_jax.config import PoolMode
 from dycoke_jax.engine.requests import Decoding
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.inputs import DecodingLimits, FrameSampling, Prompting
@@ -76,35 +75,12 @@ def serve(
         ),
     ] = False,
     dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
-    no_dycoke: Annotated[
-        bool,
-        typer.Option(
-            "--no-dycoke", help="Run the model without DyCoke.", rich_help_panel=_COMPRESSION
-        ),
-    ] = False,
-    compress: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Method of token compression in place of DyCoke with the options above. {FORM}",
-            rich_help_panel=_COMPRESSION,
-        ),
-    ] = None,
+    no_dycoke: NoDycoke = False,
+    compress: Compress = None,
     decoding: Annotated[Decoding, Options(_DECODING, omit=("seed",))],
     prompting: Annotated[Prompting, Options(_PROMPT)],
-    pool_mode: Annotated[
-        PoolMode | None,
-        typer.Option(
-            help="Pooling of visual tokens. Default: that of the checkpoint's configuration.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Dtype of weights and computation. Default: as stored.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
+    pool_mode: Pooling = None,
+    dtype: ComputedIn = None,
     weights: Weights = None,
     kv: KeysValues = None,
     mesh: MeshSizes = None,

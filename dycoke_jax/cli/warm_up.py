@@ -6,15 +6,14 @@ from typing import Annotated
 
 import typer
 
-from dycoke_jax.cli.app import Dtype, new_app
+from dycoke_jax.cli.app import new_app
 from dycoke_jax.cli.compress import FORM
 from dycoke_jax.cli.console import progress_bars, say, say_notes
-from dycoke_jax.cli.loading import Fsdp, KeysValues, MeshSizes, Weights
+from dycoke_jax.cli.loading import ComputedIn, Fsdp, KeysValues, MeshSizes, Pooling, Weights
 from dycoke_jax.cli.numbers import whole_numbers
 from dycoke_jax.cli.options import Options, with_settings
 from dycoke_jax.compilation import use_compilation_cache
 from dycoke_jax.compression.methods import parse_compression
-from dycoke_jax.config import PoolMode
 from dycoke_jax.inputs import Prompting
 
 app = new_app()
@@ -61,19 +60,8 @@ def warmup(
         ),
     ] = None,
     prompting: Annotated[Prompting, Options(_PROMPT)],
-    pool_mode: Annotated[
-        PoolMode | None,
-        typer.Option(
-            help="Pooling of visual tokens. Default: that of the checkpoint's configuration.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Dtype of weights and computation. Default: as stored.", rich_help_panel=_PROMPT
-        ),
-    ] = None,
+    pool_mode: Pooling = None,
+    dtype: ComputedIn = None,
     weights: Weights = None,
     kv: KeysValues = None,
     mesh: MeshSizes = None,
