@@ -8,6 +8,7 @@ from support.tokenizers import tiny_tokenizer
 
 from dycoke_jax import DycokeError
 from dycoke_jax.checkpoint.tokenizer import load_tokenizer
+from dycoke_jax.compression.ttm import select
 from dycoke_jax.config import TINY
 from dycoke_jax.model import Model
 from dycoke_jax.models.llava import random_params
@@ -18,6 +19,7 @@ from dycoke_jax.recipes.tiny.attention_distillation import (
     distillation_loss,
     visual_attention,
 )
+from dycoke_jax.recipes.tiny.drawn_budgets import DrawnBudgets
 from dycoke_jax.recipes.tiny.fit import fit
 from dycoke_jax.recipes.tiny.probes import (
     PROBES,
@@ -204,13 +206,75 @@ def test_distillation_trains_the_scoring_layer(tokenizer):
     assert float(loss) < float(first) - 0.07
 
 
-def test_a_stage_may_alternate_with_another():
+def test_stages_may_take_turns():
     tokenizer = tiny_tokenizer()
     pictures = Stage(0, SceneSettings(1, 1, 1), BatchShape(3, 1, 200), short=True)
-    clips = Stage(4, SceneSettings(6, 1, 1), BatchShape(1, 2, 600), short=True, other=pictures)
+    clips = Stage(4, SceneSettings(6, 1, 1), BatchShape(1, 2, 600), short=True, others=(pictures,))
     source = StagedSource(tokenizer, 98, (clips, Stage(1, clips.scenes, clips.shape)))
     shapes = [source.step(number).batch.frames.shape[:3] for number in range(5)]
     assert shapes == [(2, 1, 6), (1, 3, 1), (2, 1, 6), (1, 3, 1), (2, 1, 6)]
+
+
+def test_drawn_budgets_keep_tokens_of_the_clip_alone():
+    """Also where the frames of a batch's clips are few or none; counts differ from clip to clip."""
+    random = np.random.default_rng(0)
+    features = jnp.asarray(random.standard_normal((48, 8, 6, 4)), jnp.float32)
+    frames = np.array([8, 5, 1, 0] * 12)
+    rows = DrawnBudgets(40).select(features, jnp.asarray(frames), jax.random.key(1))
+    places, valid = np.asarray(rows.places), np.asarray(rows.valid)
+    assert places.shape == (48, 40)
+    counts = valid.sum(1)
+    for of_clip, count, clip in zip(places, counts, frames, strict=True):
+        kept = of_clip[:count]
+        assert (np.diff(kept) > 0).all()
+        assert (kept < 6 * clip).all()
+        assert (count > 0) == (clip > 0)
+    assert (valid == (np.arange(40) < counts[:, None])).all(), "empty rows come last"
+    assert counts.max() == 40
+    assert len({*counts[frames == 8].tolist()}) > 6
+
+
+def test_drawn_budgets_draw_token_merging_of_many_k_and_means_of_tokens():
+    random = np.random.default_rng(1)
+    still = np.repeat(random.standard_normal((64, 1, 6, 4)), 8, axis=1)
+    features = (still + 0.1 * random.standard_normal((64, 8, 6, 4))).astype(np.float32)
+    count = jnp.full(64, 8)
+    rows = DrawnBudgets(48).select(jnp.asarray(features), count, jax.random.key(2))
+    kept_of = [frozenset(p[v].tolist()) for p, v in zip(rows.places, rows.valid, strict=True)]
+    merged = set()
+    for of_frame in range(1, 6):
+        of_k = select(jnp.asarray(features), count, of_frame)
+        sets = [frozenset(p[v].tolist()) for p, v in zip(of_k.places, of_k.valid, strict=True)]
+        merged |= {of_frame for got, wanted in zip(kept_of, sets, strict=True) if got == wanted}
+    assert merged == {1, 2, 3, 4, 5}
+
+    ways = set()
+    for clip, kept, embeds in zip(features, kept_of, rows.embeds, strict=True):
+        if len(kept) == 48:
+            continue
+        wanted = {way: [] for way in ("tokens", "over time", "in the frame")}
+        unit = clip / np.linalg.norm(clip, axis=-1, keepdims=True)
+        members = {way: {place: [place] for place in kept} for way in wanted}
+        for place in {*range(48)} - kept:
+            frame, at = divmod(place, 6)
+            before = [f * 6 + at for f in range(frame) if f * 6 + at in kept]
+            if before:
+                members["over time"][before[-1]].append(place)
+            others = [p for p in range(frame * 6, frame * 6 + 6) if p in kept]
+            if others:
+                alike = [unit[frame, p % 6] @ unit[frame, at] for p in others]
+                members["in the frame"][others[int(np.argmax(alike))]].append(place)
+        for way, of_way in members.items():
+            flat = clip.reshape(48, 4)
+            wanted[way] = [flat[of_way[place]].mean(0) for place in sorted(kept)]
+        equal = {
+            way
+            for way, values in wanted.items()
+            if np.allclose(embeds[: len(kept)], values, atol=1e-5)
+        }
+        assert equal, "rows are tokens, or means of them and dropped ones"
+        ways |= equal
+    assert ways == {"tokens", "over time", "in the frame"}
 
 
 def test_alignment_refuses_a_tokenizer_that_splits_names():

@@ -105,13 +105,20 @@ def make_tiny(
         int,
         typer.Option(help="Seed of initial weights, training clips and token dropping, 0 or more."),
     ] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Tiny model, folder or hub id, that is trained on with the last stage alone. "
+            "Default: all stages, from random weights."
+        ),
+    ] = None,
     intervals: Annotated[Intervals, Options()] = _TINY_INTERVALS,
 ) -> None:
-    """Train the tiny model that ships with the package, from random weights."""
+    """Train the tiny model that ships with the package."""
     from dycoke_jax.recipes.tiny.recipe import train_tiny
 
     with progress_bars() as progress:
-        trained = train_tiny(folder, intervals, seed, progress)
+        trained = train_tiny(folder, intervals, seed, progress, model=model)
     say(f"wrote {trained}")
 
 

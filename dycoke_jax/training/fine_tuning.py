@@ -20,7 +20,7 @@ from dycoke_jax.training.batches import pack
 from dycoke_jax.training.placement import check_rows
 from dycoke_jax.training.records import RecordSource, examples_of, group_into_rows, read_records
 from dycoke_jax.training.run import Intervals, Run, train_and_save
-from dycoke_jax.training.scoring import HeldOut, both_accuracies, task_held_out
+from dycoke_jax.training.scoring import HeldOut, accuracies, task_held_out
 from dycoke_jax.training.sources import BatchShape, Source, TaskSource
 from dycoke_jax.training.step import Optimisation
 from dycoke_jax.training.token_dropping import TokenDroppingMix
@@ -125,7 +125,7 @@ def fine_tune(
 
     evaluate = None
     if held_out is not None:
-        evaluate = partial(both_accuracies, held_out=held_out)
+        evaluate = partial(accuracies, held_out=held_out)
     run = Run(
         folder=folder,
         config=config,

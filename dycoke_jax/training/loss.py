@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.generation.assemble import Visual, all_rows, assemble, place_newlines
 from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
@@ -16,7 +15,7 @@ from dycoke_jax.models.llava import Llava, Params
 from dycoke_jax.models.qwen2 import Qwen2Layer, Rope
 from dycoke_jax.sharding import DATA, MODEL, constrain, constrain_rows, data_size, model_size
 from dycoke_jax.training.batches import Batch
-from dycoke_jax.training.token_dropping import TokenDropping
+from dycoke_jax.training.token_dropping import TokenSelection
 
 MAX_PARTS = 64
 """Number of parts of a row that ``Scores.right`` and ``Scores.asked`` cover.
@@ -108,7 +107,7 @@ def score_answers(
     model: Model,
     batch: Batch,
     *,
-    dropping: TokenDropping | None = None,
+    dropping: TokenSelection | None = None,
     key: Array | None = None,
     auxiliary: Sequence[AuxiliaryLoss] = (),
     targets: Any = None,
@@ -120,7 +119,7 @@ def score_answers(
         model: the model; its weights hold those of the auxiliary losses too.
         batch: a batch without an accumulation axis.
         dropping: which visual tokens are dropped. None: all are kept.
-        key: random key; needed if tokens are dropped at random.
+        key: random key; needed if ``dropping`` draws at random.
         auxiliary: auxiliary losses to compute.
         targets: pytree of targets for the auxiliary losses.
         rematerialise: compute the results of each layer again for the gradient instead of storing
@@ -192,23 +191,17 @@ def _count_by_part(flags: Bool[Array, "B Q"], part: Int[Array, "B Q"]) -> Int[Ar
 def _visual(
     network: Llava,
     batch: Batch,
-    dropping: TokenDropping | None,
+    dropping: TokenSelection | None,
     key: Array | None,
     maybe_rematerialised: Callable[[Callable], Callable],
 ) -> tuple[Visual, Int[Array, "B M"]]:
     """The visual segment, and the places of its visual tokens among those of the clip."""
     features = _features(network, batch.frames, maybe_rematerialised)
-    rows, frames = features.shape[:2]
-    counts = jnp.where(batch.has_clip, frames, 0)
+    counts = jnp.where(batch.has_clip, features.shape[1], 0)
     kept = all_rows(features, counts)
-    if dropping is not None and dropping.k > 0:
+    if dropping is not None:
         # The selection of tokens is discrete and has no gradient.
-        kept = TokenMerging(dropping.k).select(jax.lax.stop_gradient(features), counts)
-        if dropping.at_random:
-            assert key is not None
-            drawn = jax.random.uniform(key, (rows, frames * features.shape[2]))
-            places = jax.lax.top_k(drawn, kept.places.shape[1])[1]
-            kept = kept._replace(places=jnp.sort(places, axis=1))
+        kept = dropping.select(jax.lax.stop_gradient(features), counts, key)
     config, newline = network.config, network.image_newline[...]
     visual = place_newlines(features, kept, newline, config.newline, config.frame_grid)
     # Slots that are not valid are never attended to and take no position, so that a row without a

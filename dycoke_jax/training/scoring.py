@@ -6,7 +6,7 @@ all its questions. This holds without KV pruning, which acts in decode steps onl
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,10 @@ from dycoke_jax.tasks.task import MONITORED, task_clip
 from dycoke_jax.training.batches import Batch, fill_rows, pack
 from dycoke_jax.training.loss import score_answers
 from dycoke_jax.training.sources import task_example
-from dycoke_jax.training.token_dropping import TokenDropping
+from dycoke_jax.training.token_dropping import TokenDropping, TokenSelection
+
+FULL_AND_MERGED: Mapping[str, TokenSelection | None] = {"full": None, "merged": TokenDropping(0.7)}
+"""All visual tokens, and those that temporal token merging keeps with its default k."""
 
 _score = jax.jit(score_answers, static_argnames="dropping")
 
@@ -62,7 +65,7 @@ def task_held_out(tokenizer: Tokenizer, size: int, frames: int = 16) -> HeldOut:
 def accuracy(
     model: Model,
     held_out: HeldOut,
-    dropping: TokenDropping | None = None,
+    dropping: TokenSelection | None = None,
 ) -> dict[str, float]:
     """Computes the loss and the share of right answers on a held-out set.
 
@@ -92,17 +95,19 @@ def accuracy(
     return {"loss": round(loss / max(tokens, 1), 4), "accuracy": whole, **by_kind}
 
 
-def both_accuracies(model: Model, held_out: HeldOut) -> dict[str, dict[str, float]]:
-    """Computes ``accuracy`` with all visual tokens and with temporal token merging (k = 0.7).
+def accuracies(
+    model: Model,
+    held_out: HeldOut,
+    settings: Mapping[str, TokenSelection | None] = FULL_AND_MERGED,
+) -> dict[str, dict[str, float]]:
+    """Computes ``accuracy`` with several ways of dropping visual tokens.
 
     Args:
         model: the model.
         held_out: the held-out set.
+        settings: which visual tokens are dropped, by name. None: all are kept.
 
     Returns:
-        The accuracy with all visual tokens under "full", and that with merging under "merged".
+        The accuracies by the same names.
     """
-    return {
-        "full": accuracy(model, held_out),
-        "merged": accuracy(model, held_out, TokenDropping(0.7)),
-    }
+    return {name: accuracy(model, held_out, dropping) for name, dropping in settings.items()}

@@ -17,7 +17,7 @@ from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.tasks.task import Split, task_clip
 from dycoke_jax.training.batches import Batch, Example, pack
 from dycoke_jax.training.loss import AuxiliaryLoss
-from dycoke_jax.training.token_dropping import TokenDropping, TokenDroppingMix
+from dycoke_jax.training.token_dropping import TokenDroppingMix, TokenSelection
 
 
 class StepData(NamedTuple):
@@ -25,7 +25,7 @@ class StepData(NamedTuple):
 
     batch: Batch
     """The examples; the first axis of every array is that of gradient accumulation."""
-    dropping: TokenDropping | None = None
+    dropping: TokenSelection | None = None
     """Which visual tokens are dropped. None: all are kept."""
     auxiliary: tuple[AuxiliaryLoss, ...] = ()
     """Auxiliary losses that are added to the loss of the answers."""

@@ -22,7 +22,7 @@ from dycoke_jax.training.placement import (
     constrain_as_weights,
     constrain_steps,
 )
-from dycoke_jax.training.token_dropping import TokenDropping
+from dycoke_jax.training.token_dropping import TokenSelection
 
 
 class Cycle(NamedTuple):
@@ -226,7 +226,7 @@ def train_step(
     batch: Batch,
     targets: Any = None,
     *,
-    dropping: TokenDropping | None = None,
+    dropping: TokenSelection | None = None,
     auxiliary: tuple[AuxiliaryLoss, ...] = (),
     seed: Int[Array, ""] | int = 0,
     fsdp: bool = False,

@@ -1,16 +1,44 @@
 """Token dropping in training, so that a model learns to answer from the visual tokens kept."""
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from dycoke_jax.checks import number
+from dycoke_jax.compression.protocol import Rows
+from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.errors import ConfigError
+
+
+@runtime_checkable
+class TokenSelection(Protocol):
+    """Which visual tokens of a training step the language model reads.
+
+    It is hashable, because ``train_step`` takes it as a static argument. Unlike a ``TokenStage`` it
+    may draw at random, anew in each step.
+    """
+
+    def __hash__(self) -> int: ...
+
+    def select(
+        self, features: Float[Array, "B F N D"], frames: Int[Array, "B"], key: Array | None
+    ) -> Rows:
+        """Selects the rows that the language model reads.
+
+        Args:
+            features: visual tokens of each clip after pooling; no gradient flows into the choice.
+            frames: number of frames of each clip, 0 in a row without a clip.
+            key: random key of the step; None where nothing is drawn.
+        """
 
 
 @dataclass(frozen=True)
 class TokenDropping:
-    """Which visual tokens of a training step are dropped.
+    """Drops visual tokens of a training step by temporal token merging, or as many at random.
 
     Attributes:
         k: share of a compared frame's tokens that temporal token merging drops, in [0, 1), see
@@ -21,6 +49,19 @@ class TokenDropping:
 
     k: float
     at_random: bool = False
+
+    def select(
+        self, features: Float[Array, "B F N D"], frames: Int[Array, "B"], key: Array | None
+    ) -> Rows:
+        """Selects the kept tokens, see ``TokenSelection``; ``at_random`` needs a key."""
+        kept = TokenMerging(self.k).select(features, frames)
+        if self.at_random and self.k > 0:
+            assert key is not None
+            batch, length, tokens, _ = features.shape
+            drawn = jax.random.uniform(key, (batch, length * tokens))
+            places = jax.lax.top_k(drawn, kept.places.shape[1])[1]
+            kept = kept._replace(places=jnp.sort(places, axis=1))
+        return kept
 
 
 @dataclass(frozen=True)

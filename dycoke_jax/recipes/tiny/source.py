@@ -7,7 +7,9 @@ import numpy as np
 
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.inputs.prompts import Tokenizer
+from dycoke_jax.inputs.sampling import FrameSampling, frame_indices
 from dycoke_jax.recipes.tiny.attention_distillation import AttentionDistillation
+from dycoke_jax.recipes.tiny.drawn_budgets import DrawnBudgets
 from dycoke_jax.recipes.tiny.probes import ProbeLoss, probe_targets
 from dycoke_jax.tasks.pictures import draw
 from dycoke_jax.tasks.questions import short_questions
@@ -27,34 +29,38 @@ class Stage:
         steps: number of steps, 0 or more.
         scenes: number of frames of a clip and of things in it.
         shape: sizes of a training step.
-        dropping: shares of the steps that drop visual tokens.
+        dropping: which visual tokens the steps drop.
+        sampled: number of frames, spread evenly over the clip, that the model gets; 0 for all.
+        probed: whether the probe loss is added.
         short: whether the questions are short ones about every thing (``short_questions``) instead
             of those of the task.
         distilled_layer: ``AttentionDistillation.pruned_layer``, or 0 for no attention distillation.
-        other: a stage that gives the data and losses of every second step, or None. Its own
-            ``steps`` and ``other`` are ignored.
+        others: stages that take turns with this one in giving the data and losses of a step; this
+            one is first. Their own ``steps`` and ``others`` are ignored.
     """
 
     steps: int
     scenes: SceneSettings
     shape: BatchShape
-    dropping: TokenDroppingMix = field(default_factory=TokenDroppingMix)
+    dropping: TokenDroppingMix | DrawnBudgets = field(default_factory=TokenDroppingMix)
+    sampled: int = 0
+    probed: bool = True
     short: bool = False
     distilled_layer: int = 0
-    other: "Stage | None" = None
+    others: "tuple[Stage, ...]" = ()
 
     def turn(self, step: int) -> "Stage":
-        """The stage that gives the data of a step: ``self``, or ``other`` for odd steps.
+        """The stage that gives the data of a step: ``self`` or one of ``others``.
 
         Args:
             step: number of the step, counted from 0 at the first step of the stage.
         """
-        return self.other if self.other and step % 2 else self
+        return (self, *self.others)[step % (1 + len(self.others))]
 
     @property
     def clips(self) -> int:
         """Largest number of clips that a step of the stage takes."""
-        return max(self.shape.examples, self.other.shape.examples if self.other else 0)
+        return max(stage.shape.examples for stage in (self, *self.others))
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,14 @@ class StagedSource:
         size: height and width of the input of the vision tower, in pixels.
         stages: the stages, in the order in which they run.
         seed: seed of the clips and of token dropping, 0 or more.
+        first_step: number of steps of the stages that are left out, counted from the first.
     """
 
     tokenizer: Tokenizer
     size: int
     stages: tuple[Stage, ...]
     seed: int = 0
+    first_step: int = 0
 
     def step(self, number: int) -> StepData:
         """The data of a step, see ``training.sources.Source.step``.
@@ -80,6 +88,7 @@ class StagedSource:
             ConfigError: if the step lies beyond the last stage.
             RequestError: if the first question of a clip does not fit into a row.
         """
+        number += self.first_step
         first_clip, first_step = self.seed << 40, 0
         for stage in self.stages:
             if number < first_step + stage.steps:
@@ -92,14 +101,14 @@ class StagedSource:
         stage = stage.turn(number - first_step)
         clips = range(first_clip, first_clip + stage.shape.examples)
         examples, targets = zip(*(self._clip(stage, clip) for clip in clips), strict=True)
-        auxiliary: tuple[AuxiliaryLoss, ...] = (ProbeLoss(),)
+        auxiliary: tuple[AuxiliaryLoss, ...] = (ProbeLoss(),) if stage.probed else ()
         if stage.distilled_layer:
             auxiliary = (*auxiliary, AttentionDistillation(stage.distilled_layer))
         return StepData(
             batch=stage.shape.pack(self.tokenizer, examples),
             dropping=stage.dropping.choose(number, self.seed),
             auxiliary=auxiliary,
-            targets=stage.shape.split(jnp.asarray(np.stack(targets))),
+            targets=stage.shape.split(jnp.asarray(np.stack(targets))) if stage.probed else None,
         )
 
     def _clip(self, stage: Stage, number: int) -> tuple[Example, np.ndarray]:
@@ -109,4 +118,8 @@ class StagedSource:
         if stage.short:
             questions = tuple(short_questions(scene, np.random.default_rng([number, 4])))
         texts, answers = [q.text for q in questions], [q.answer for q in questions]
-        return Example(draw(scene, self.size), texts, answers), probe_targets(scene)
+        shown = np.arange(scene.frames)
+        if stage.sampled:
+            shown = frame_indices(scene.frames, 1.0, FrameSampling(stage.sampled))
+        frames, targets = draw(scene, self.size)[shown], probe_targets(scene)[shown]
+        return Example(frames, texts, answers), targets
