@@ -114,7 +114,7 @@ def make_tiny(
     ] = None,
     intervals: Annotated[Intervals, Options()] = _TINY_INTERVALS,
 ) -> None:
-    """Train the tiny model that ships with the package."""
+    """Train the tiny model that ships with the package, from random weights."""
     from dycoke_jax.recipes.tiny.recipe import train_tiny
 
     with progress_bars() as progress:
