@@ -33,6 +33,10 @@ class HostError(DycokeError):
     """A run in several processes that cannot go on, such as because another process has ended."""
 
 
+class EngineError(DycokeError):
+    """The programs of a model fail, whatever they are asked."""
+
+
 class OutputError(DycokeError):
     """A result that cannot be written to its destination."""
 

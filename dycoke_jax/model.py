@@ -1,15 +1,16 @@
 """The model as one value: its weights, with what is static about them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from dycoke_jax.config import LlavaConfig, Storage
 from dycoke_jax.models.llava import Llava, Params, dotted, split
 from dycoke_jax.models.quantisation import stored_weight
-from dycoke_jax.sharding import gathered
+from dycoke_jax.sharding import weight_sharding
 
 _STATIC = {"static": True}
 
@@ -27,6 +28,8 @@ class Model:
         config: sizes and layout.
         dtype: name of the dtype of the computation; norms, softmax and logits are in float32.
         mesh: the devices that the weights are spread over; None for a single device.
+        fsdp: whether the weights are spread over the mesh's ``data`` too, and are gathered where
+            they are used.
         kv: ``int8`` keeps the key/value caches as int8, with a scale for each head and slot; None
             keeps them in the dtype of the computation.
     """
@@ -35,15 +38,33 @@ class Model:
     config: LlavaConfig = field(metadata=_STATIC)
     dtype: str = field(default="float32", metadata=_STATIC)
     mesh: Mesh | None = field(default=None, metadata=_STATIC)
+    fsdp: bool = field(default=False, metadata=_STATIC, kw_only=True)
     kv: Storage | None = field(default=None, metadata=_STATIC)
 
     def bind(self) -> Llava:
         """Returns the network with these weights.
 
         It is cheap and meant to be called inside jitted functions. There, weights that are spread
-        over ``data`` are gathered where they are used.
+        over ``data`` are gathered each time that a layer reads them.
         """
         graphdef, leaves = split(self.config, self.dtype, self.mesh)
-        params = gathered(self.params, self.config, self.mesh)
-        state = [(keys, leaf.replace(stored_weight(params, dotted(keys)))) for keys, leaf in leaves]
+        state = []
+        for keys, leaf in leaves:
+            path, whole = dotted(keys), None
+            if self.mesh is not None and self.fsdp:
+                whole = weight_sharding(path, leaf.shape, self.config, self.mesh)
+            state.append((keys, leaf.replace(stored_weight(self.params, path), whole=whole)))
         return nnx.merge(graphdef, nnx.from_flat_state(state))
+
+    def in_step(self, changing: Array) -> "Model":
+        """Returns the same model for use in the body of a loop.
+
+        What is gathered in every step of a loop is the same each time, so the compiler would gather
+        all weights before the loop and hold them.
+
+        Args:
+            changing: something that changes from step to step.
+        """
+        if not self.fsdp:
+            return self
+        return replace(self, params=jax.lax.optimization_barrier((self.params, changing))[0])

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -197,14 +198,30 @@ def weight_sharding(
     return NamedSharding(mesh, weight_spec(path, shape, config, mesh, fsdp=fsdp))
 
 
-def gathered(params: Params, config: LlavaConfig, mesh: Mesh | None) -> Params:
-    """Gathers, inside a program, what of the weights is spread over ``data``."""
-    if mesh is None:
-        return params
-    return {
-        path: constrain(weight, mesh, *weight_spec(path, weight.shape, config, mesh))
-        for path, weight in params.items()
-    }
+def gathered(weight: Tree, places: NamedSharding | None) -> Tree:
+    """Gathers, inside a program, a weight that is spread over ``data``.
+
+    Its gradient is left as it comes, so that the compiler may sum it in parts (reduce-scatter)
+    where it is spread again.
+
+    Args:
+        weight: a weight, or a pytree of a matrix and the scales of its rows.
+        places: the sharding of the weight without FSDP; None does nothing.
+    """
+    if places is None:
+        return weight
+    mesh, spec = places.mesh, places.spec
+    return jax.tree.map(lambda x: _gathered(x, NamedSharding(mesh, P(*spec[: x.ndim]))), weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: Array, places: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, places)
+
+
+_gathered.defvjp(
+    lambda x, places: (_gathered(x, places), None), lambda _places, _, gradient: (gradient,)
+)
 
 
 def constrain(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:

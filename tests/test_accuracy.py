@@ -41,7 +41,26 @@ def test_baselines_keep_what_merging_keeps(frames, k):
     assert (np.diff(whole) > 0).all()
 
 
-@pytest.mark.parametrize("method", [RandomTokens(0.6), WholeFrames(0.6)], ids=["random", "frames"])
+@pytest.mark.parametrize(
+    ("budget", "frames", "tokens", "whole_frames"),
+    [(0.05, 16, 12, 1), (0.1, 16, 25, 1), (0.29, 25, 116, 7), (0.5, 3, 24, 1), (1, 5, 80, 5)],
+)
+def test_baselines_keep_what_a_budget_allows(budget, frames, tokens, whole_frames):
+    """Of 16 tokens a frame. Whole frames keep one at least, even where the budget is smaller."""
+    features = np.zeros((2, frames, 16, 2), np.float32)
+    for kept in kept_places(RandomTokens(budget=budget), features, [frames] * 2):
+        assert len(kept) == tokens
+        assert (np.diff(kept) > 0).all()
+    whole = kept_places(WholeFrames(budget=budget), features, [frames] * 2)[0]
+    assert whole.size == whole_frames * 16
+    assert (whole.reshape(-1, 16) % 16 == np.arange(16)).all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [RandomTokens(0.6), WholeFrames(0.6), RandomTokens(budget=0.3), WholeFrames(budget=0.3)],
+    ids=["random", "frames", "random, budget", "frames, budget"],
+)
 def test_baselines_see_no_empty_frames(method):
     """Clips of all lengths in one batch keep what each keeps alone."""
     features = np.zeros((8, 8, 6, 4), np.float32)
@@ -65,6 +84,10 @@ def test_baselines_are_compressors(method):
     assert isinstance(method(), Compressor)
     with pytest.raises(DycokeError, match=r"k is 1; it must lie in"):
         method(k=1)
+    with pytest.raises(DycokeError, match=r"budget is 0; it must lie in \(0, 1\]"):
+        method(budget=0)
+    with pytest.raises(DycokeError, match=r"k is 0.5 and budget is 0.25; give one of them"):
+        method(k=0.5, budget=0.25)
 
 
 def test_interval_of_a_share():

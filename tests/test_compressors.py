@@ -8,11 +8,13 @@ from support.tiny import tiny_model, video
 from dycoke_jax import Decoding, DyCoke
 from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
 from dycoke_jax.compression.dycoke import DyCokeKV
+from dycoke_jax.compression.evs import EVS
 from dycoke_jax.compression.fastv import FastV
-from dycoke_jax.compression.methods import METHODS
+from dycoke_jax.compression.methods import METHODS, parse_compression
 from dycoke_jax.compression.protocol import Compression, Compressor, combine
 from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.compression.unicomp import UniComp
+from dycoke_jax.compression.vidcom2 import VidCom2
 from dycoke_jax.engine.batch import frame_bucket
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.generation.layout import PROMPT_MULTIPLE, plan
@@ -25,6 +27,8 @@ COMBINED = {
     "dycoke+fastv": combine(TokenMerging(0.6), FastV(1, 0.5), DyCokeKV(layer=2, parked="drop")),
     "random": RandomTokens(0.6),
     "frames+dycoke-kv": combine(WholeFrames(0.5), DyCokeKV(layer=2)),
+    "evs": EVS(0.9, "budget", max_similarity=0.6),
+    "vidcom2+dycoke-kv": parse_compression("vidcom2(budget=.25)+dycoke-kv(layer=2, p=.7)"),
 }
 LENGTHS = (1, 7, 8, 5)
 """Frames of clips that run in one batch; alone, the first has programs of its own."""
@@ -69,6 +73,10 @@ def test_what_is_counted_is_what_was_promised():
     assert counts(UniComp(0.25)).merged <= 32
     assert counts(RandomTokens(0.7)).merged == 56
     assert counts(WholeFrames(0.7)).merged == 48
+    assert counts(EVS(0.05)).merged == 6
+    assert counts(VidCom2(0.9)).merged == 115
+    both = counts(parse_compression("vidcom2(budget=.25)+dycoke-kv(layer=2, p=.7)"))
+    assert str(both) == "128 visual -> 32 after merging -> 9 attended per step"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,22 +1,28 @@
 """A stream of requests: full batches, failures as items, bounded memory, nothing compiled anew."""
 
+import errno
 import gc
+import logging
 import os
 import threading
 import time
 import weakref
+from dataclasses import replace
 from itertools import chain, count, repeat
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from support.clips import cut, textured, write_clip
 from support.tiny import SIDE, tiny_model
 
-from dycoke_jax import Decoding, DyCoke, Failure, Piece, Prompting, Request
+from dycoke_jax import Decoding, DyCoke, Failure, FrameSampling, Piece, Prompting, Request
 from dycoke_jax.engine.prepare import CLIP_THREADS, Ahead
 from dycoke_jax.engine.schedule import PATIENCE, form_batches
 from dycoke_jax.errors import ConfigError, PromptError, RequestError, VideoError
+from dycoke_jax.inputs import read_clip
+from dycoke_jax.inputs.any_video import read_video
 
 BATCH = 8
 METHOD = DyCoke(layer=1)
@@ -267,23 +273,90 @@ def test_failures_hold_no_frames():
     assert [one() for one in held] == [None, None]
 
 
-def test_what_is_no_failure_of_a_request_ends_the_run(model):
-    """An exception of another kind is a fault of the program, wherever it is raised."""
+class Broken(os.PathLike):
+    """A path whose use raises an exception."""
 
-    class Broken:
-        def __fspath__(self):
-            raise ZeroDivisionError
+    def __init__(self, error):
+        self.error = error
 
-    os.PathLike.register(Broken)
+    def __fspath__(self):
+        raise self.error
 
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ZeroDivisionError("in\nparts"), "(ZeroDivisionError: in parts)"),
+        (MemoryError(), "(MemoryError)"),
+        (OSError(errno.EIO, "Input/output error"), "(OSError: [Errno 5] Input/output error)"),
+        (RuntimeError("\x1b[31m" + "x" * 10_000), "(RuntimeError: \\x1b[31mxxx"),
+    ],
+    ids=["program", "memory", "device", "long"],
+)
+def test_an_unexpected_error_of_one_request_is_its_failure(model, clips, error, told, caplog):
+    def read(video, *arguments, **options):
+        if isinstance(video, str):
+            raise error
+        return read_video(video, *arguments, **options)
+
+    caplog.set_level(logging.DEBUG, "dycoke_jax")
+    requests = [Request("Why?", video, Decoding(2)) for video in (clips[2][0], "a.mp4", None)]
+    items = [*model.run(requests, compression=METHOD, read=read)]
+    failures = [one for one in items if isinstance(one, Failure)]
+    assert {one.index for one in items if isinstance(one, Piece)} == {0, 2}
+    assert [(one.index, one.kind, one.error) for one in failures] == [(1, "internal", error)]
+    assert told in failures[0].message
+    assert failures[0].message.isprintable()
+    assert len(failures[0].message) < 500
+    (record,) = [one for one in caplog.records if one.name.startswith("dycoke_jax")]
+    assert record.levelname == "DEBUG"
+    assert record.exc_info[1] is error
+
+
+def test_generate_raises_an_unexpected_error_where_it_was(model):
+    error = ZeroDivisionError()
+    for ask in (model.generate, lambda *args: [*model.stream(*args)]):
+        with pytest.raises(ZeroDivisionError) as caught:
+            ask([Broken(error)], ["Why?"])
+        assert caught.value is error
+        assert "__fspath__" in [one.name for one in caught.traceback]
+
+
+def test_an_end_of_the_process_in_a_preparation_ends_the_run(model):
+    for end in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(end):
+            list(model.run([Request("Why?", Broken(end()))]))
+
+
+def test_an_error_of_the_stream_or_of_a_program_ends_the_run(model, monkeypatch):
     def stream():
         yield Request("Why?", decoding=Decoding(1))
         raise KeyError("of the caller")
 
-    with pytest.raises(ZeroDivisionError):
-        list(model.run([Request("Why?", Broken())]))
     with pytest.raises(KeyError, match="of the caller"):
         list(model.run(stream()))
+    monkeypatch.setattr("dycoke_jax.engine.schedule.run_batch", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(model.run([Request("Why?")]))
+
+
+def test_a_clip_that_was_read_before_is_answered_as_its_file(model, tmp_path):
+    """With its times and notes, and whatever the sampling of the request is."""
+    path = cut(write_clip(tmp_path / "cut.ts", textured(20)), 0.6)
+    asked = {"sampling": FrameSampling(4), "allow_damaged": True}
+    settings = {"decoding": Decoding(3), "prompting": Prompting(time_text=True)}
+    clip = read_clip(path, asked["sampling"], SIDE, allow_damaged=True)
+    (expected,) = model.generate([path], ["Why?"], compression=METHOD, **asked, **settings)
+    (answer,) = model.generate([clip], ["Why?"], compression=METHOD, **settings)
+    assert replace(answer, seconds=expected.seconds) == expected
+    assert expected.notes == clip.notes != ()
+    for small in (read_clip(path, FrameSampling(4), SIDE // 2, allow_damaged=True), empty(clip)):
+        with pytest.raises(RequestError, match=rf"at least one, of shape \[{SIDE}, {SIDE}, 3\]"):
+            model.generate([small], ["Why?"], compression=METHOD)
+
+
+def empty(clip):
+    return replace(clip, frames=clip.frames[:0], times=())
 
 
 def test_no_requests_give_no_results(model):

@@ -15,18 +15,29 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
-from support.clips import frame_numbers, numbered_frame, real_clip, write_clip
+from support.clips import (
+    cut,
+    frame_numbers,
+    numbered_frame,
+    real_clip,
+    scramble,
+    textured,
+    write_clip,
+)
 from support.mutations import mutations, seeds
 from support.tiny import tiny_model
 
 from dycoke_jax import Failure, Request
 from dycoke_jax.errors import ConfigError, DycokeError, VideoError
-from dycoke_jax.inputs import Clip, DecodingLimits, FrameSampling, read_clip
+from dycoke_jax.inputs import Clip, DecodingLimits, FrameSampling, check_clip, read_clip
 from dycoke_jax.inputs.decoding_pool import DecodingPool
+from dycoke_jax.inputs.system_errors import may_pass
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", "150"))
 SIZE = 32
@@ -156,6 +167,101 @@ def test_the_cause_in_the_operating_system_is_told(pool: DecodingPool) -> None:
         pool.read("y" * 300, FEW, SIZE)
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.ENAMETOOLONG
+
+
+class EndsInAnError:
+    """An open file that has an error of the disk in place of its end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.file.read(size)
+        if size < 0 or len(content) < size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return content
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(place, whence)
+
+    def __enter__(self) -> "EndsInAnError":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+@pytest.fixture
+def bad_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be read to its end by Python; FFmpeg and Pillow take what is there for all."""
+    opened = Path.open
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> EndsInAnError:
+        return EndsInAnError(opened(path, *arguments, **options))
+
+    monkeypatch.setattr(Path, "open", fail)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Damaged files of more than 4 KB."""
+    folder = tmp_path_factory.mktemp("damaged")
+    picture = folder / "cut.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(picture)
+    clips = [
+        write_clip(folder / f"cut.{kind}", textured(40)) for kind in ("mp4", "mkv", "avi", "ts")
+    ]
+    scrambled = scramble(write_clip(folder / "noise.ts", textured(40)), 0.4, 0.6)
+    text = folder / "text.mp4"
+    text.write_text("no video " * 1000)
+    return [*(cut(path, 0.6) for path in (picture, *clips)), scrambled, text]
+
+
+@pytest.mark.usefixtures("bad_disk")
+def test_a_file_that_the_disk_does_not_give_is_not_called_damaged(damaged: list[Path]) -> None:
+    for path in damaged:
+        for allow in (False, True):
+            with pytest.raises(VideoError) as caught:
+                read_clip(path, FEW, SIZE, allow_damaged=allow)
+            words = f"{path} cannot be read to its end (Input/output error); try again"
+            assert str(caught.value).startswith(words)
+            assert may_pass(caught.value)
+    with pytest.raises(VideoError, match="cannot be read to its end"):
+        check_clip(path)
+
+
+def test_damage_does_not_pass(damaged: list[Path], pool: DecodingPool) -> None:
+    for path in damaged:
+        if path.suffix in (".mkv", ".avi"):
+            continue  # a clip that ends early is odd there, and not refused
+        for read in (read_clip, pool.read):
+            with pytest.raises(VideoError) as caught:
+                read(path, FEW, SIZE)
+            assert not may_pass(caught.value)
+    of_ffmpeg = VideoError("ends too early")
+    of_ffmpeg.__cause__ = av.error.OSError(errno.EIO, "Input/output error")
+    assert not may_pass(of_ffmpeg)
+
+
+@pytest.mark.usefixtures("bad_disk")
+def test_only_a_file_that_is_refused_is_read_to_its_end() -> None:
+    """And not one that is beyond a limit, since it may be large."""
+    assert len(read_clip(real_clip(), FEW, SIZE).frames) == 4
+    with pytest.raises(VideoError, match="more than the limit of 1 pixels"):
+        read_clip(real_clip(), FEW, SIZE, limits=DecodingLimits(pixels=1))
+
+
+def test_a_folder_that_cannot_be_read_may_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> Iterator[Path]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(VideoError, match="cannot be read") as caught:
+        read_clip(tmp_path, FEW, SIZE)
+    assert may_pass(caught.value)
 
 
 def test_progress_is_told(pool: DecodingPool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 The processes are real and talk over the loopback interface; their devices are parts of the CPU.
 """
 
+import errno
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ from dycoke_jax.engine.schedule import form_batches
 from dycoke_jax.errors import ConfigError, HostError, VideoError
 from dycoke_jax.hosts import Hosts, Processes, initialise, processes_of
 from dycoke_jax.inputs.prompts import Prompt
+from dycoke_jax.inputs.system_errors import may_pass
 
 TESTS = Path(__file__).parent
 
@@ -287,13 +289,17 @@ def test_connecting_after_a_device_was_used_is_refused():
 def test_what_processes_tell_each_other_comes_out_as_it_went_in(monkeypatch):
     """Of two processes this is the second; what the first says is made by the same function."""
     asked = {3: Request("?"), 4: Request("!", decoding=Decoding(7)), 5: Request("bad")}
+    asked |= {6: Request("bad"), 7: Request("bad")}
     clip = np.ones((2, 4, 4, 3), np.uint8)
     prepared = Prepared(Prompt((1, 2), (3,)), clip, asked[4].decoding, ("damaged\udcff",))
     own = (3, Prepared(Prompt((), (9,)), None, Decoding()))
     failed = failure(5, VideoError("no clip"))
-    said = json.dumps([sharing._told((4, prepared)), sharing._told(failed)]).encode()
+    busy = VideoError("no answer")
+    busy.__cause__ = OSError(errno.ESTALE, "Stale file handle")
+    others = [(4, prepared), failed, failure(6, busy), failure(7, KeyError("x"))]
+    said = json.dumps([*map(sharing._told, others)]).encode()
     monkeypatch.setattr(sharing, "share", lambda told: [said, told])
-    first, second, third = sharing.share_prepared(asked, [own])
+    first, second, third, fourth, fifth = sharing.share_prepared(asked, [own])
     assert first is own
     assert second[0] == 4
     assert (second[1].prompt, second[1].notes) == (prepared.prompt, prepared.notes)
@@ -301,6 +307,9 @@ def test_what_processes_tell_each_other_comes_out_as_it_went_in(monkeypatch):
     assert second[1].frames.shape == clip.shape
     assert (third.index, third.kind, third.message) == (5, "video", "no clip")
     assert isinstance(third.error, VideoError)
+    assert not may_pass(third.error)
+    assert may_pass(fourth.error), "so that all of them try again"
+    assert (fifth.kind, "KeyError" in fifth.message) == ("internal", True)
 
 
 def test_an_error_of_another_process_is_an_error_here_and_is_told(monkeypatch):

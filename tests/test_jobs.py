@@ -25,11 +25,15 @@ from support.jobs import (
 from dycoke_jax import Decoding, DyCoke, FrameSampling, LlavaVideo
 from dycoke_jax.assets import TINY
 from dycoke_jax.cli.batch import _logged
-from dycoke_jax.errors import ConfigError, OutputError, RequestError, VideoError
+from dycoke_jax.engine import schedule
+from dycoke_jax.errors import ConfigError, EngineError, OutputError, RequestError, VideoError
+from dycoke_jax.inputs import container
+from dycoke_jax.inputs.any_video import read_video
+from dycoke_jax.inputs.system_errors import may_pass
 from dycoke_jax.jobs import run as running
 from dycoke_jax.jobs.request_file import LONGEST_LINE, read_requests
 from dycoke_jax.jobs.result_file import open_results
-from dycoke_jax.jobs.run import Job, check_compression, check_requests, may_pass, run_job
+from dycoke_jax.jobs.run import Job, check_compression, check_requests, run_job
 from dycoke_jax.jobs.settings import JobSettings, Shard, parse_shard
 
 SETTINGS = JobSettings(decoding=Decoding(max_new_tokens=6), sampling=FrameSampling(4))
@@ -435,6 +439,138 @@ def test_failures_that_may_pass_are_tried_again_after_the_others(
     assert found.keys() == set(names)
     assert summary.errors == {"video": len(failed)}
     assert found["never"]["error"]["message"] == "the file server does not answer"
+
+
+def test_an_unexpected_error_is_the_result_of_its_request(tmp_path, monkeypatch):
+    """Whatever is wrong with the program or the machine at one clip, the others are answered."""
+    clip = write_clip(tmp_path / "clip.mp4", 8)
+    lines = [{"id": "bug", "video": "bug.mp4", "prompt": "?"}]
+    lines += [{"id": "memory", "video": "memory.mp4", "prompt": "?"}]
+    lines += [{"id": "good", "video": "clip.mp4", "prompt": "?"}, *questions(3)]
+    requests = write_lines(tmp_path / "requests.jsonl", lines)
+    errors = {"bug.mp4": KeyError("width"), "memory.mp4": MemoryError()}
+
+    def read(self, video, *arguments, **options):
+        if video.name in errors:
+            raise errors[video.name]
+        return read_video(video, *arguments, **options)
+
+    monkeypatch.setattr("dycoke_jax.inputs.decoding_pool.DecodingPool.read", read)
+    results = tmp_path / "results.jsonl"
+    settings = ("--frames", 4, "--max-new-tokens", 4, "--json")
+    code, out, err = run_main("batch", requests, results, "--model", TINY, *settings)
+    assert code == 3
+    assert json.loads(out)["errors"] == {"internal": 2}
+    assert "Traceback" not in err
+    found = read_results(results)
+    assert "(KeyError: 'width')" in found["bug"]["error"]["message"]
+    assert "(MemoryError)" in found["memory"]["error"]["message"]
+    assert {name for name, one in found.items() if "text" in one} == {"good", "q1", "q2", "q3"}
+    assert clip.exists()
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A function that lets batches of these numbers fail, counted from the first that runs."""
+    numbers, begun, before = set(), [], []
+    run_batch = schedule.run_batch
+
+    def run_or_fail(*arguments, **options):
+        begun.append(None)
+        if len(begun) in numbers:
+            for call in before:
+                call()
+            raise ZeroDivisionError("out of\nmemory")
+        yield from run_batch(*arguments, **options)
+
+    monkeypatch.setattr(schedule, "run_batch", run_or_fail)
+
+    def fail(*these, then=None):
+        begun.clear()
+        numbers.clear()
+        numbers.update(these)
+        before[:] = [then] if then else []
+
+    return fail
+
+
+def kinds_of(results):
+    return {own: one["error"]["kind"] for own, one in results.items() if "error" in one}
+
+
+def test_a_batch_that_fails_costs_its_own_requests_and_the_job_goes_on(model, tmp_path, failing):
+    requests = write_lines(tmp_path / "requests.jsonl", questions(20))
+    run(model, requests, tmp_path / "whole.jsonl")
+    whole = read_results(tmp_path / "whole.jsonl")
+    for number in (1, 3, 5):  # of five
+        failing(number)
+        results = tmp_path / f"{number}.jsonl"
+        summary = run(model, requests, results)
+        assert summary.errors == {"internal": 4}
+        assert (summary.answered, summary.interrupted) == (16, False)
+        found = read_results(results)
+        assert found.keys() == whole.keys()
+        failed = kinds_of(found)
+        assert "(ZeroDivisionError: out of memory)" in found[min(failed)]["error"]["message"]
+        answers = {own: one for own, one in found.items() if own not in failed}
+        assert without_times(answers).items() <= without_times(whole).items()
+
+
+def test_a_device_that_is_lost_ends_the_job_and_costs_no_results(model, tmp_path, failing):
+    requests = write_lines(tmp_path / "requests.jsonl", questions(20))
+    results = tmp_path / "results.jsonl"
+    failing(3, 4)
+    with pytest.raises(EngineError, match=r"two batches in a row .*ZeroDivisionError: out of mem"):
+        run(model, requests, results)
+    found = read_results(results)
+    assert len(found) == 8
+    assert not kinds_of(found)
+    failing()
+    assert run(model, requests, results).answered == 20
+
+
+def test_an_interrupt_leaves_the_requests_of_a_failed_batch_to_the_next_run(
+    model, tmp_path, failing
+):
+    requests = write_lines(tmp_path / "requests.jsonl", questions(20))
+    results, stop = tmp_path / "results.jsonl", Event()
+    failing(1, then=stop.set)
+    summary = run(model, requests, results, stop=stop)
+    assert (summary.computed, summary.interrupted) == (0, True)
+    assert results.read_bytes() == b""
+    stop.clear()
+    failing()
+    assert run(model, requests, results, stop=stop).answered == 20
+
+
+def test_a_damaged_clip_is_read_once_and_an_unreadable_one_as_often_as_is_said(
+    model, tmp_path, monkeypatch
+):
+    for name in ("damaged.ts", "unreadable.ts"):
+        cut(write_clip(tmp_path / name, textured(20)), 0.6)
+    names = ["damaged.ts", "unreadable.ts"]
+    lines = [{"id": name, "video": name, "prompt": "?"} for name in names]
+    requests = write_lines(tmp_path / "requests.jsonl", lines)
+    tried = []
+
+    def read(video, *arguments, **options):
+        tried.append(video.name)
+        return read_video(video, *arguments, **options)
+
+    def check_readable(source):
+        if "unreadable" in source.name:
+            raise unreadable(errno.EIO)
+
+    monkeypatch.setattr(container, "check_readable", check_readable)
+    monkeypatch.setattr(running, "RETRY_AFTER", 0.001)
+    run(model, requests, tmp_path / "results.jsonl", read=read, max_retries=3)
+    assert [tried.count(name) for name in names] == [1, 4]
+    found = read_results(tmp_path / "results.jsonl")
+    assert "is damaged" in found["damaged.ts"]["error"]["message"]
+    assert found["unreadable.ts"]["error"] == {
+        "kind": "video",
+        "message": "the file server does not answer",
+    }
 
 
 def test_which_failures_may_pass(tmp_path):

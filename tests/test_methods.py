@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from dycoke_jax import DyCoke
 from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
+from dycoke_jax.compression.dycoke import DyCokeKV
+from dycoke_jax.compression.evs import EVS
 from dycoke_jax.compression.methods import METHODS, described, parse_compression
-from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.compression.protocol import Compressor, combine
+from dycoke_jax.compression.vidcom2 import VidCom2
 from dycoke_jax.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -29,6 +32,10 @@ pytestmark = pytest.mark.usefixtures("unchecked_types")
         ("random(k=0.5)", RandomTokens(k=0.5)),
         ("random ( seed = 3 ,\n k = 0.25 )", RandomTokens(k=0.25, seed=3)),
         ("frames(k=0.5)", WholeFrames(k=0.5)),
+        ("frames(k=0.5, budget=none)", WholeFrames(k=0.5)),
+        ("random(budget=.25)", RandomTokens(budget=0.25)),
+        ("evs(budget=.1, first_frame=budget)", EVS(0.1, "budget")),
+        ("vidcom2(budget=.25)+dycoke-kv(p=.7)", combine(VidCom2(0.25), DyCokeKV(p=0.7))),
     ],
     ids=repr,
 )
@@ -62,6 +69,9 @@ def test_a_text_names_a_method_and_its_settings(text, compression):
         ("dycoke(mode='paper)", "a value of mode is missing before"),
         ("random(k=1.5)", "RandomTokens: k is 1.5; it must lie in [0, 1)"),
         ("random(k=true)", "RandomTokens: k is True, not a number"),
+        ("random(k=none)", "RandomTokens: k is None, not a number"),
+        ("random(k=.5, budget=.25)", "RandomTokens: k is 0.5 and budget is 0.25; give one of them"),
+        ("vidcom2(budget=none)", "VidCom2: budget is None, not a number; it must lie in (0, 1]"),
         ("random(k=half)", "RandomTokens: k is 'half', not a number"),
         ("random(k=1e999)", "RandomTokens: k is inf"),
         ("random(seed=2.5)", "RandomTokens: seed is 2.5, not a whole number"),

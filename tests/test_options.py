@@ -11,20 +11,26 @@ import typer
 from support.command_line import run_main
 
 from dycoke_jax.assets import TINY
-from dycoke_jax.cli import asking, learning
+from dycoke_jax.cli import asking, batch, learning, serve
 from dycoke_jax.cli.app import COMMANDS, app, new_app
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
 from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.engine.requests import Decoding
-from dycoke_jax.inputs import FrameSampling, Prompting
+from dycoke_jax.hosts import Hosts
+from dycoke_jax.inputs import DecodingLimits, FrameSampling, Prompting
+from dycoke_jax.serving.settings import Serving
 from dycoke_jax.training.fine_tuning import FineTuning
 from dycoke_jax.training.run import Intervals
 
-MODULES = {"asking": asking, "learning": learning}
+MODULES = {"asking": asking, "batch": batch, "learning": learning, "serve": serve}
 
-# The settings of each command; instances where a command has other defaults than the class.
+# The settings of each command; instances where a command has other defaults than the class, and
+# pairs where the names of options begin with more than those of the fields.
+ASKING = [FrameSampling(), DyCoke(), Prompting()]
 SETTINGS = {
-    "generate": [FrameSampling(), DyCoke(), Decoding(), Prompting()],
+    "generate": [*ASKING, Decoding()],
+    "batch": [*ASKING, Decoding(), Hosts(), (DecodingLimits(), "clip_")],
+    "serve": [*ASKING, Decoding(), Serving(), (DecodingLimits(seconds=60.0), "clip_")],
     "demo": [FrameSampling(frames=16), DyCoke()],
     "train": [
         FineTuning.shape,
@@ -36,11 +42,12 @@ SETTINGS = {
     "train-tiny": [Intervals(10, 100, 50)],
 }
 FIELDS = [
-    pytest.param(command, settings, field.name, id=f"{command} {field.name}")
+    pytest.param(command, settings, prefix, field.name, id=f"{command} {prefix}{field.name}")
     for command, of_command in SETTINGS.items()
-    for settings in of_command
+    for entry in of_command
+    for settings, prefix in [entry if isinstance(entry, tuple) else (entry, "")]
     for field in dataclasses.fields(settings)
-    if field.name != "cycles"
+    if field.name != "cycles" and (command, field.name) != ("serve", "seed")
 ]
 
 
@@ -58,17 +65,19 @@ def documented(settings, name):
     return sentence.replace("``", "")
 
 
-@pytest.mark.parametrize(("command", "settings", "name"), FIELDS)
-def test_an_option_has_the_name_default_and_description_of_its_field(command, settings, name):
-    option = options_of(command)[name]
-    dashed = "--" + name.replace("_", "-")
+@pytest.mark.parametrize(("command", "settings", "prefix", "name"), FIELDS)
+def test_an_option_has_the_name_default_and_description_of_its_field(
+    command, settings, prefix, name
+):
+    option = options_of(command)[prefix + name]
+    dashed = "--" + (prefix + name).replace("_", "-")
     default = getattr(settings, name)
     assert option.opts == [dashed]
     assert option.secondary_opts == ([f"--no-{dashed[2:]}"] if default is True else [])
     assert option.default == (None if default is ... else default)
     assert not option.required
     # In the help, the names of fields are those of options: --frames, not frames.
-    names = {field.name for field in dataclasses.fields(settings)}
+    names = {prefix + field.name for field in dataclasses.fields(settings)}
     shown = re.sub(r"`--([a-z-]+)`", lambda match: match[1].replace("-", "_"), option.help)
     assert {match.replace("-", "_") for match in re.findall("`--([a-z-]+)`", option.help)} <= names
     assert shown.replace("`", "") == documented(settings, name)
@@ -208,6 +217,29 @@ def test_other_defaults_are_those_of_an_instance():
     kitchen([], standalone_mode=False)
     kitchen(["--frames", "9"], standalone_mode=False)
     assert calls == [base, FrameSampling(9, 2.0)]
+
+
+def test_names_of_options_may_begin_with_more_than_those_of_the_fields():
+    """As where settings of two kinds have fields of one name."""
+    calls = []
+    kitchen = new_app()
+
+    @kitchen.command()
+    @with_settings
+    def bake(
+        *,
+        recipe: Annotated[Recipe, Options(omit=("cook",))] = Recipe("Ann"),
+        side: Annotated[Recipe, Options(prefix="side_")],
+    ) -> None:
+        calls.append((recipe, side))
+
+    options = {one.name: one for one in typer.main.get_command(kitchen).params}
+    assert options["side_is_baked"].opts == ["--side-is-baked"]
+    assert options["side_is_baked"].secondary_opts == ["--no-side-is-baked"]
+    assert options["side_grams"].help == "Of flour, with `--side-cook` and `--side-is-sweet`."
+    arguments = ["--side-cook", "Bo", "--side-grams", "3", "--side-is-sweet", "--grams", "2"]
+    kitchen(arguments, standalone_mode=False)
+    assert calls == [(Recipe("Ann", 2), Recipe("Bo", 3, is_sweet=True))]
 
 
 def test_a_field_without_description_is_an_error_when_the_command_is_defined():

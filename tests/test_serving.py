@@ -397,10 +397,32 @@ def test_a_fault_of_the_program_fails_those_in_hand_and_the_next_is_answered(
             with pytest.raises(openai.InternalServerError, match="the engine has failed"):
                 running.ask(clip_and("Why?", data_url(clips[0])))
         with monkeypatch.context() as patch:
-            patch.setattr(model, "prepare", broken)
+            patch.setattr("dycoke_jax.engine.schedule.run_batch", broken)
             with pytest.raises(openai.InternalServerError, match="the engine has failed"):
                 running.ask("Why?")
         assert running.ask("Why?").choices[0].message.content is not None
+
+
+def test_an_unexpected_error_fails_its_request_alone(model, clips, expected, monkeypatch, caplog):
+    prepare = model.prepare
+
+    def broken(request, **options):
+        if "Break" in str(request.prompt):
+            raise ZeroDivisionError("of the program")
+        return prepare(request, **options)
+
+    with serving(model, gather=30.0, batch_size=3) as running:  # the three run together
+        monkeypatch.setattr(model, "prepare", broken)
+        later = [running.later(question) for question in ("Why?", "Break", "What moves?")]
+        with pytest.raises(openai.InternalServerError, match="the engine has failed") as caught:
+            later[1].result(60)
+        assert caught.value.status_code == 500
+        for question, one in (("Why?", later[0]), ("What moves?", later[2])):
+            text = one.result(60).choices[0].message.content
+            assert text == expected(None, question).text
+    (record,) = [one for one in caplog.records if one.name == "dycoke_jax.serving.worker"]
+    assert "ZeroDivisionError: of the program" in record.message
+    assert record.exc_info[0] is ZeroDivisionError
 
 
 def test_sigterm_ends_the_command_after_the_answer_of_its_requests(clips, tmp_path):

@@ -59,11 +59,13 @@ def encoded(model, frames, signals):
 
 @pytest.mark.parametrize(("layer", "number"), [(0, 0), (2, 2), (-1, 2), (-3, 0)])
 def test_keys_and_attention_equal_those_of_transformers(pair, frames, of_torch, layer, number):
-    asked = (Signal("attention", layer), Signal("keys", layer))
+    asked = (Signal("attention", layer), Signal("keys", layer), Signal("mean_keys", layer))
     tower = jax.jit(lambda model, frames: model.bind().vision_tower.with_signals(frames, asked))
-    states, (attention, keys) = tower(pair[1].model, jnp.asarray(frames))
+    states, (attention, keys, mean_keys) = tower(pair[1].model, jnp.asarray(frames))
     np.testing.assert_allclose(states, of_torch["states"], atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(keys, of_torch["keys"][number], atol=TOLERANCE, rtol=0)
+    heads = of_torch["keys"][number].unflatten(-1, (pair[1].config.vision.num_heads, -1))
+    np.testing.assert_allclose(mean_keys, heads.mean(2), atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(attention, of_torch["attention"][number], atol=TOLERANCE, rtol=0)
     # Layers and patches differ by far more than the tolerance.
     for kind in ("keys", "attention"):

@@ -113,6 +113,10 @@ def test_numbers_of_frames_and_rates_are_checked():
 def test_shares_of_the_baselines_are_numbers(method):
     for value in (*NOT_NUMBERS, NAN, 1.0):
         refuses(ConfigError, lambda value=value: method(k=value), f"{method.__name__}: k is ")
+    for value in (*NOT_NUMBERS[1:], NAN, 0.0):
+        refuses(
+            ConfigError, lambda value=value: method(budget=value), f"{method.__name__}: budget is "
+        )
 
 
 def test_the_seed_of_random_tokens_is_a_whole_number():

@@ -269,9 +269,14 @@ def _shapes_of_features(work: Work) -> Features:
     signals = () if layout.tokens is None else layout.tokens.signals
 
     def of_signal(signal: Signal) -> Array:
-        if signal.kind == "keys":
-            return jnp.zeros((*shape, config.vision.hidden_size), dtype)
-        return jnp.zeros(shape)
+        width, heads = config.vision.hidden_size, config.vision.num_heads
+        match signal.kind:
+            case "keys":
+                return jnp.zeros((*shape, width), dtype)
+            case "mean_keys":
+                return jnp.zeros((*shape, width // heads), dtype)
+            case "attention":
+                return jnp.zeros(shape)
 
     def features() -> Features:
         tokens = jnp.zeros((*shape, config.text.hidden_size), dtype)

@@ -73,7 +73,7 @@ class Checkpoint:
         stored = params["language_model.embed_tokens.weight"].dtype
         if stored == INT8:
             stored = params["language_model.norm.weight"].dtype
-        return Model(params, self.config, jnp.dtype(dtype or stored).name, mesh)
+        return Model(params, self.config, jnp.dtype(dtype or stored).name, mesh, fsdp=fsdp)
 
 
 def open_checkpoint(

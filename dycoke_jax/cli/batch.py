@@ -30,7 +30,7 @@ from dycoke_jax.compression.dycoke import DyCoke
 from dycoke_jax.engine.requests import Decoding
 from dycoke_jax.errors import RequestError
 from dycoke_jax.hosts import Hosts, is_first
-from dycoke_jax.inputs import FrameSampling, Prompting
+from dycoke_jax.inputs import DecodingLimits, FrameSampling, Prompting
 from dycoke_jax.progress import Progress
 
 app = new_app()
@@ -93,7 +93,7 @@ def batch(
         int,
         typer.Option(
             help="How often requests are tried again whose file could not be read for a reason "
-            "that may pass, such as a file server that does not answer; several hosts do not.",
+            "that may pass, such as a file server that does not answer.",
             rich_help_panel=_JOB,
         ),
     ] = 2,
@@ -115,6 +115,7 @@ def batch(
             rich_help_panel=_CLIP,
         ),
     ] = False,
+    limits: Annotated[DecodingLimits, Options(_CLIP, prefix="clip_")],
     dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
     no_dycoke: NoDycoke = False,
     compress: Compress = None,
@@ -166,15 +167,14 @@ def batch(
                 progress=progress,
             )
             # A file that crashes or blocks its decoder costs no more than its own answer.
-            with DecodingPool() as pool, interruptible(_say_stopping) as stop:
+            with DecodingPool(limits) as pool, interruptible(_say_stopping) as stop:
                 summary = run_job(
                     llava,
                     job,
                     written,
                     checked,
                     batch_size=batch_size,
-                    # Only the process that has read a clip knows whether its error may pass.
-                    max_retries=0 if hosts.several else max_retries,
+                    max_retries=max_retries,
                     force=force,
                     read=pool.read,
                     stop=stop,

@@ -24,10 +24,13 @@ class Options:
     Attributes:
         panel: title of the group of their options in the help text; None for the main group.
         omit: fields that are no options, and keep their defaults.
+        prefix: what the names of the options begin with, ``clip_`` for ``--clip-seconds`` of the
+            field ``seconds``.
     """
 
     panel: str | None = None
     omit: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 GIVEN = "given"
@@ -55,7 +58,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         TypeError: if a field has no description, or if two options have the same name.
     """
     given = ""
-    settings: dict[str, tuple[type, Any, list[str]]] = {}
+    settings: dict[str, tuple[type, Any, dict[str, str]]] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         kind, *marks = get_args(parameter.annotation) or (parameter.annotation,)
@@ -68,8 +71,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             continue
         base = None if parameter.default is parameter.empty else parameter.default
         of_fields = _parameters(kind, base, options)
-        settings[parameter.name] = kind, base, [field.name for field in of_fields]
-        parameters += of_fields
+        names_of = {name: option.name for name, option in of_fields.items()}
+        settings[parameter.name] = kind, base, names_of
+        parameters += of_fields.values()
     names = [parameter.name for parameter in parameters]
     for name in names:
         if names.count(name) > 1:
@@ -79,8 +83,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         if given:
             values[given] = _given(values[given])
-        for name, (kind, base, fields) in settings.items():
-            values[name] = _build(kind, base, {field: values.pop(field) for field in fields})
+        for name, (kind, base, names_of) in settings.items():
+            given_values = {field: values.pop(own) for field, own in names_of.items()}
+            values[name] = _build(kind, base, given_values)
         command(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -102,10 +107,10 @@ def _given(context: Any) -> frozenset[str]:
     )
 
 
-def _parameters(kind: type, base: Any, options: Options) -> list[inspect.Parameter]:
+def _parameters(kind: type, base: Any, options: Options) -> dict[str, inspect.Parameter]:
     """Parameters for the fields of a dataclass; their defaults are those of ``base`` if given."""
-    described, types = _descriptions(kind), get_type_hints(kind)
-    parameters = []
+    described, types = _descriptions(kind, options.prefix), get_type_hints(kind)
+    parameters = {}
     for field in dataclasses.fields(kind):
         if field.name in options.omit:
             continue
@@ -118,17 +123,16 @@ def _parameters(kind: type, base: Any, options: Options) -> list[inspect.Paramet
         if default is dataclasses.MISSING:
             default = inspect.Parameter.empty
         # Only a flag that is on by default needs another that turns it off.
-        flag = [option(field.name)] if default is False else []
+        name = f"{options.prefix}{field.name}"
+        flag = [option(name)] if default is False else []
         help_ = described[field.name]
-        parameters.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=Annotated[
-                    annotation, typer.Option(*flag, help=help_, rich_help_panel=options.panel)
-                ],
-            )
+        parameters[field.name] = inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[
+                annotation, typer.Option(*flag, help=help_, rich_help_panel=options.panel)
+            ],
         )
     return parameters
 
@@ -143,7 +147,7 @@ def _build(kind: type, base: Any, values: dict[str, Any]) -> Any:
     return kind(**values) if base is None else dataclasses.replace(base, **values)
 
 
-def _descriptions(kind: type) -> dict[str, str]:
+def _descriptions(kind: type, prefix: str) -> dict[str, str]:
     """Descriptions of a dataclass's fields, as Markdown for the terminal.
 
     Names of its fields are written as the options that stand for them.
@@ -151,7 +155,7 @@ def _descriptions(kind: type) -> dict[str, str]:
     names = {field.name for field in dataclasses.fields(kind)}
 
     def code(match: re.Match[str]) -> str:
-        return f"`{option(match[1]) if match[1] in names else match[1]}`"
+        return f"`{option(prefix + match[1]) if match[1] in names else match[1]}`"
 
     described = {}
     for entry in docstring_parser.parse(kind.__doc__ or "", DocstringStyle.GOOGLE).params:

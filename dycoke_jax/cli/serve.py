@@ -27,6 +27,9 @@ _SERVER, _CLIP, _COMPRESSION, _DECODING, _PROMPT = (
     *("Server", "Clips", "Compression", "Decoding", "Prompt and model"),
 )
 
+_LIMITS = DecodingLimits(seconds=60.0)
+"""A client waits."""
+
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -74,6 +77,7 @@ def serve(
             rich_help_panel=_CLIP,
         ),
     ] = False,
+    limits: Annotated[DecodingLimits, Options(_CLIP, prefix="clip_")] = _LIMITS,
     dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
     no_dycoke: NoDycoke = False,
     compress: Compress = None,
@@ -126,7 +130,7 @@ def serve(
             progress=progress,
         )
     # A file that crashes or blocks its decoder costs no more than its own answer.
-    with DecodingPool(DecodingLimits(seconds=serving.clip_timeout)) as pool:
+    with DecodingPool(limits) as pool:
         server = Server(llava, defaults, serving, api_key=api_key, read=pool.read)
         if host not in _LOOPBACK and api_key is None:
             say_notes([f"anyone who can reach {host} may ask: no API key is set"])

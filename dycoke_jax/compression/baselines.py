@@ -1,7 +1,8 @@
 """Baselines that drop visual tokens without looking at them.
 
-Random dropping keeps exactly as many tokens as temporal token merging with the same ``k``. Dropping
-whole frames keeps as many frames as fit into that number of tokens.
+How many tokens they keep is set in one of two ways: by ``budget``, as with other methods, or by
+``k``, for as many as DyCoke's temporal token merging keeps. Dropping whole frames keeps as many
+frames as fit into that number.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.checks import number, whole_number
-from dycoke_jax.compression.budget import lookup
+from dycoke_jax.compression.budget import check_budget, lookup, share_of
 from dycoke_jax.compression.protocol import Compression, Rows
 from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.config import LlavaConfig
+from dycoke_jax.errors import ConfigError
 from dycoke_jax.models.signals import Signal
 
 
@@ -24,8 +26,9 @@ class RandomTokens:
     """Drops tokens at random places, which are the same in every clip of the same length.
 
     Attributes:
-        k: keeps as many tokens as ``DyCoke(k=k)`` does, in [0, 1).
+        k: keeps as many tokens as ``DyCoke(k=k)`` does, in [0, 1). Not looked at with a budget.
         seed: seed of the random places, 0 or more.
+        budget: share of the visual tokens that go on, in (0, 1]; it takes the place of ``k``.
 
     Raises:
         ConfigError: naming the setting and its range.
@@ -33,9 +36,10 @@ class RandomTokens:
 
     k: float = 0.7
     seed: int = 0
+    budget: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", number("RandomTokens: k", self.k, 0, 1))
+        _check_amount(self)
         object.__setattr__(self, "seed", whole_number("RandomTokens: seed", self.seed, 0))
 
     @property
@@ -52,8 +56,8 @@ class RandomTokens:
         """Accepts every model and clip length."""
 
     def most_rows(self, frames: int, tokens: int) -> int:
-        """As many tokens as temporal token merging keeps."""
-        return TokenMerging(self.k).most_rows(frames, tokens)
+        """The budget in tokens, or as many tokens as temporal token merging keeps."""
+        return _amount(self, frames, tokens)
 
     def select(
         self,
@@ -89,15 +93,19 @@ class WholeFrames:
 
     Attributes:
         k: keeps at most as many tokens as ``DyCoke(k=k)`` does, but a frame at least, in [0, 1).
+            Not looked at with a budget.
+        budget: share of the visual tokens that go on at most, but a frame at least, in (0, 1]; it
+            takes the place of ``k``.
 
     Raises:
         ConfigError: naming the setting and its range.
     """
 
     k: float = 0.7
+    budget: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", number("WholeFrames: k", self.k, 0, 1))
+        _check_amount(self)
 
     @property
     def signals(self) -> tuple[Signal, ...]:
@@ -114,7 +122,7 @@ class WholeFrames:
 
     def kept_frames(self, frames: int, tokens: int) -> int:
         """Number of frames that are kept of a clip of this many."""
-        return max(1, TokenMerging(self.k).most_rows(frames, tokens) // tokens)
+        return max(1, _amount(self, frames, tokens) // tokens)
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """All tokens of the kept frames."""
@@ -139,3 +147,25 @@ class WholeFrames:
         first = jnp.asarray(chosen)[frames][:, :, None] * tokens
         places = (first + jnp.arange(tokens)).reshape(batch, -1)
         return Rows(places, jnp.repeat(jnp.asarray(valid)[frames], tokens, axis=1))
+
+
+def _check_amount(baseline: RandomTokens | WholeFrames) -> None:
+    """Checks ``k`` and ``budget``, of which one alone may differ from its default."""
+    name = type(baseline).__name__
+    k = number(f"{name}: k", baseline.k, 0, 1)
+    object.__setattr__(baseline, "k", k)
+    if baseline.budget is None:
+        return
+    object.__setattr__(baseline, "budget", check_budget(name, baseline.budget))
+    if k != type(baseline).k:
+        raise ConfigError(
+            f"{name}: k is {k} and budget is {baseline.budget}; give one of them, because each "
+            "says how many tokens are kept"
+        )
+
+
+def _amount(baseline: RandomTokens | WholeFrames, frames: int, tokens: int) -> int:
+    """Number of tokens that may be kept of a clip."""
+    if baseline.budget is None:
+        return TokenMerging(baseline.k).most_rows(frames, tokens)
+    return share_of(frames * tokens, baseline.budget)

@@ -6,7 +6,7 @@ the plain model. The grammar::
 
     compression = "none" | method { "+" method }
     method      = name [ "(" [ setting { "," setting } ] ")" ]
-    setting     = name "=" ( number | "true" | "false" | word | quoted text )
+    setting     = name "=" ( number | "true" | "false" | "none" | word | quoted text )
 """
 
 import re
@@ -17,28 +17,38 @@ from typing import Any, NamedTuple
 from dycoke_jax import checks
 from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
 from dycoke_jax.compression.dycoke import DyCoke, DyCokeKV
+from dycoke_jax.compression.evs import EVS
 from dycoke_jax.compression.fastv import FastV
+from dycoke_jax.compression.holitom import HoliTom, HoliTomMerge
 from dycoke_jax.compression.protocol import Compression, Compressor, combine
 from dycoke_jax.compression.unicomp import UniComp
+from dycoke_jax.compression.vidcom2 import VidCom2
+from dycoke_jax.compression.visionzip import VisionZip
 from dycoke_jax.errors import ConfigError
 
 METHODS: dict[str, type[Any]] = {
     "dycoke": DyCoke,
     "dycoke-kv": DyCokeKV,
+    "evs": EVS,
     "fastv": FastV,
     "frames": WholeFrames,
+    "holitom": HoliTom,
+    "holitom-merge": HoliTomMerge,
     "random": RandomTokens,
     "unicomp": UniComp,
+    "vidcom2": VidCom2,
+    "visionzip": VisionZip,
 }
 """The dataclass with the settings of each method."""
 
-_OF_DYCOKE = {
+_OF_PART = {
+    "HoliTomTokens": "holitom(layer=0)",
     "TokenMerging": "dycoke(p=0)",
     "WorkingSet": "dycoke-kv",
     "OneShot": "dycoke-kv",
     "MaskedCache": "dycoke-kv",
 }
-"""The names of DyCoke's stages, which are classes of their own."""
+"""What stands for the stages of a method that are classes of their own."""
 
 PLAIN = "none"
 """The name that stands for the plain model."""
@@ -100,7 +110,7 @@ def described(compression: Any) -> dict[str, Any]:
     if isinstance(compression, Compression):
         stages = {field.name: getattr(compression, field.name) for field in fields(compression)}
         found = {name: described(stage) for name, stage in stages.items() if stage is not None}
-        names = [_OF_DYCOKE.get(one["method"], one["method"]) for one in found.values()]
+        names = [_OF_PART.get(one["method"], one["method"]) for one in found.values()]
         return {"method": "+".join(names)} | found
     names = [name for name, of_name in METHODS.items() if of_name is kind]
     return {"method": names[0] if names else kind.__name__} | asdict(compression)
@@ -181,10 +191,10 @@ def _setting(tokens: deque[_Token], method: str, settings: dict[str, Any]) -> No
     settings[name] = _value(_take(tokens, "number", "word", "quoted", wanted=f"a value of {name}"))
 
 
-def _value(token: _Token) -> int | float | bool | str:
+def _value(token: _Token) -> int | float | bool | str | None:
     if token.kind == "quoted":
         return token.text[1:-1]
     if token.kind == "number":
         whole = token.text.lstrip("-").isdecimal() and len(token.text) <= _LONGEST_INT
         return int(token.text) if whole else float(token.text)
-    return {"true": True, "false": False}.get(token.text, token.text)
+    return {"true": True, "false": False, "none": None}.get(token.text.lower(), token.text)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dycoke_jax.compression.budget import kept_of
 from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.similarity import cosine
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.models.signals import Signal
@@ -183,7 +184,7 @@ def _compare(
     """The compared frames in ascending order, and the similarity of each of their tokens."""
     compared = np.array(sorted(reference), np.int32)
     others = np.array([reference[f] for f in sorted(reference)], np.int32)
-    return compared, _cosine(features[:, compared], features[:, others])
+    return compared, cosine(features[:, compared], features[:, others])
 
 
 def _last(frames: Any, official: bool) -> Any:
@@ -199,15 +200,3 @@ def _references(frames: int, official: bool) -> dict[int, int]:
         # The published loop runs over range(0, F - 4, 4) and so misses a last, full window.
         third = {f: other for f, other in third.items() if other < frames - 4}
     return odd | third
-
-
-def _cosine(
-    a: Float[Array, "B compared N D"], b: Float[Array, "B compared N D"]
-) -> Float[Array, "B compared N"]:
-    """Cosine similarity in float32; 0 where a vector is zero, exactly 1 where both are equal."""
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    product, norm_a, norm_b = (a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)
-    similarity = product / jnp.maximum(jnp.sqrt(norm_a * norm_b), jnp.finfo(jnp.float32).tiny)
-    # A compiler may sum the three in different orders, and the last bits of near-1 similarities
-    # would then choose among the equal tokens of a still clip, differently in every batch size.
-    return jnp.where((a == b).all(-1) & (norm_a > 0), 1.0, similarity)

@@ -7,16 +7,17 @@ attention map. The steps are those of the paper and of github.com/TimeMarker-LLM
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.checks import number
+from dycoke_jax.compression.budget import check_budget, lookup, share_of
 from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.similarity import ROUNDING, equal_pairs
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.signals import Signal
 
@@ -66,7 +67,7 @@ class UniComp:
 
     def __post_init__(self) -> None:
         checked = {
-            "budget": number("UniComp: budget", self.budget, 0, 1, with_low=False, with_high=True),
+            "budget": check_budget("UniComp", self.budget),
             "frame_threshold": number(
                 "UniComp: frame_threshold", self.frame_threshold, 0, 2, with_high=True
             ),
@@ -92,8 +93,7 @@ class UniComp:
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget of a clip in tokens, at least 1."""
-        # Exact in decimal: 0.29 * 100 is 29, where floats give 28.999999999999996.
-        return max(1, int(Fraction(str(self.budget)) * frames * tokens))
+        return share_of(frames * tokens, self.budget)
 
     def select(
         self,
@@ -116,7 +116,7 @@ class UniComp:
             behind them are zeros at the last place.
         """
         batch, most, tokens, _ = features.shape
-        budgets = jnp.array([self.most_rows(count, tokens) for count in range(most + 1)], jnp.int32)
+        budgets = lookup(lambda count: self.most_rows(count, tokens), most, frames)
         (keys,) = signals
 
         def merge(clip: tuple[Array, Array, Array, Array]) -> _Merged:
@@ -124,7 +124,7 @@ class UniComp:
             thresholds = self.frame_threshold, self.token_threshold
             return _merge(features, keys, frames, budget, *thresholds)
 
-        merged = lax.map(merge, (features, keys, frames, budgets[frames]))
+        merged = lax.map(merge, (features, keys, frames, budgets))
         kept = _independent_set(merged.alike)
         kept &= jnp.cumsum(kept, axis=-1) <= merged.share[:, :, None]
         kept = jnp.put_along_axis(kept, merged.order, kept, axis=-1, inplace=False)
@@ -267,18 +267,7 @@ def _similarities(
     norms = jnp.sqrt((vectors * vectors).sum(-1, keepdims=True))
     unit = vectors / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
     similarities = jnp.matmul(unit, unit.T, precision="highest")
-    # Comparing all pairs element by element would take longer than all else.
-    checksums = _checksums(vectors)
-    near = (similarities > 1 - 1e-5) | ((norms == 0) & (norms.T == 0))
-    is_same = near & (checksums[:, None] == checksums)
+    near = (similarities > 1 - ROUNDING) | ((norms == 0) & (norms.T == 0))
+    is_same = equal_pairs(vectors, near)
     same = jnp.argmax(is_same, axis=-1)
     return jnp.where(is_same, 1.0, similarities)[same][:, same], same
-
-
-def _checksums(vectors: Float[Array, "vectors channels"]) -> UInt[Array, "vectors"]:
-    """A number of the bits of each float32 vector: sums of integers are exact in every order."""
-    bits = lax.bitcast_convert_type(jnp.where(vectors == 0, 0.0, vectors), jnp.uint32)
-    # The lower half of the bits is empty where values were bfloat16.
-    bits ^= bits >> 16
-    weights = jnp.cumprod(jnp.full(vectors.shape[-1], 2654435761, jnp.uint32))
-    return (bits * weights).sum(-1, dtype=jnp.uint32)

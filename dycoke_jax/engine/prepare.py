@@ -1,5 +1,6 @@
 """What the host does for a request: reads its clip and encodes its prompt, ahead of the device."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,7 @@ from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.engine.requests import Failure, Prepared, Request, failure
 from dycoke_jax.engine.sharing import share_prepared
-from dycoke_jax.errors import DycokeError, RequestError
+from dycoke_jax.errors import RequestError
 from dycoke_jax.generation.layout import plan
 from dycoke_jax.hosts import ALONE, Processes
 from dycoke_jax.inputs.any_video import ReadVideo, has_times, read_video
@@ -26,6 +27,8 @@ from dycoke_jax.inputs.prompts import (
     time_instruction,
 )
 from dycoke_jax.progress import Progress
+
+_LOG = logging.getLogger(__name__)
 
 CLIP_THREADS = 4
 """Clips that are decoded at the same time; FFmpeg uses threads of its own for each."""
@@ -182,10 +185,11 @@ class Ahead:
 
 
 def _outcome(index: int, future: Future[Prepared]) -> tuple[int, Prepared] | Failure:
-    """Waits for a request; its own error is its outcome."""
+    """Waits for a request; its own error is its outcome, of whatever kind it is."""
     try:
         return index, future.result()
-    except DycokeError as error:
+    except Exception as error:
+        _LOG.debug("request %d cannot be prepared", index, exc_info=True)
         # Among the variables of the functions that it has passed may be frames of the clip.
         cause: BaseException | None = error
         while cause is not None:

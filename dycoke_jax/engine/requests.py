@@ -7,13 +7,23 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dycoke_jax.checks import flag, instance, number, whole_number
-from dycoke_jax.errors import ConfigError, DycokeError, PromptError, RequestError, VideoError
+from dycoke_jax.errors import (
+    ConfigError,
+    DycokeError,
+    PromptError,
+    RequestError,
+    VideoError,
+    printable,
+)
 from dycoke_jax.inputs.any_video import Video
 from dycoke_jax.inputs.prompts import Conversation, Prompt, Prompting
 from dycoke_jax.inputs.sampling import FrameSampling
 
 _INT32 = 2**31 - 1
 """The largest max_new_tokens, top_k and seed: they are int32 on the device."""
+
+_LONGEST_TEXT = 300
+"""Characters of an exception that a message repeats; those of XLA may have many lines."""
 
 
 @dataclass(frozen=True)
@@ -210,20 +220,24 @@ class Failure:
     Attributes:
         index: number of the request in the stream, from 0.
         kind: what is wrong: the clip cannot be read (``video``), the prompt cannot be encoded
-            (``prompt``), the request makes no sense or is too long for the model (``request``), or
-            the compression cannot work on this model or clip length (``config``).
+            (``prompt``), the request makes no sense or is too long for the model (``request``), the
+            compression cannot work on this model or clip length (``config``), or something has
+            failed that should not (``internal``).
         message: what is wrong and what to do, in one line.
-        error: the exception that says so.
+        error: the exception that says so; a ``DycokeError`` unless the kind is ``internal``.
     """
 
     index: int
-    kind: Literal["video", "prompt", "request", "config"]
+    kind: Literal["video", "prompt", "request", "config", "internal"]
     message: str
-    error: DycokeError
+    error: Exception
 
 
-def failure(index: int, error: DycokeError) -> Failure:
+def failure(index: int, error: Exception) -> Failure:
     """Describes the error of one request.
+
+    An exception that is no ``DycokeError`` is a fault of a program or of the machine that was met
+    at this request, and is its failure of the kind ``internal``.
 
     Raises:
         DycokeError: the error itself, if it is of a kind that does not concern a single request.
@@ -237,7 +251,19 @@ def failure(index: int, error: DycokeError) -> Failure:
             return Failure(index, "request", str(error), error)
         case ConfigError():
             return Failure(index, "config", str(error), error)
-    raise error
+        case DycokeError():
+            raise error
+    message = (
+        f"an unexpected error has ended this request ({in_one_line(error)}); ask it alone with "
+        "generate to see where"
+    )
+    return Failure(index, "internal", message, error)
+
+
+def in_one_line(error: Exception) -> str:
+    """The class of an exception and the beginning of what it says."""
+    text = printable(" ".join(str(error).split())[:_LONGEST_TEXT])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)

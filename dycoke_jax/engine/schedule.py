@@ -25,7 +25,6 @@ from dycoke_jax.engine.batch import layout_of, rows_for, run_batch
 from dycoke_jax.engine.prepare import Ahead
 from dycoke_jax.engine.requests import Answer, Failure, Piece, Prepared, Request, failure
 from dycoke_jax.engine.text import GrowingText
-from dycoke_jax.errors import DycokeError
 from dycoke_jax.generation.layout import Layout
 from dycoke_jax.hosts import ALONE, Processes, failures_of_others, processes_of
 from dycoke_jax.inputs.prompts import Tokenizer
@@ -124,6 +123,7 @@ def run(
     Raises:
         DycokeError: if the settings that are common to all requests make no sense.
         HostError: if another process has ended or failed.
+        Exception: what the stream itself raises, or a program that runs a batch.
     """
     processes = processes_of(model.mesh)
     batches = form_batches(
@@ -184,7 +184,7 @@ def form_batches(
                 index, prepared = taken
                 try:
                     queues.append(index, prepared)
-                except DycokeError as error:
+                except Exception as error:  # as in its preparation
                     yield failure(index, error)
                     continue
                 batch = queues.full() or queues.overdue()

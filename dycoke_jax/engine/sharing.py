@@ -9,7 +9,6 @@ import numpy as np
 from dycoke_jax.engine.requests import Failure, Prepared, Request
 from dycoke_jax.errors import (
     ConfigError,
-    DycokeError,
     HostError,
     PromptError,
     RequestError,
@@ -17,12 +16,14 @@ from dycoke_jax.errors import (
 )
 from dycoke_jax.hosts import share
 from dycoke_jax.inputs.prompts import Prompt
+from dycoke_jax.inputs.system_errors import system_error
 
-_ERRORS: dict[str, type[DycokeError]] = {
+_ERRORS: dict[str, type[Exception]] = {
     "video": VideoError,
     "prompt": PromptError,
     "request": RequestError,
     "config": ConfigError,
+    "internal": RuntimeError,
 }
 
 
@@ -66,7 +67,8 @@ def share_prepared(
 def _told(one: tuple[int, Prepared] | Failure) -> dict[str, Any]:
     """What other processes need to know of a request."""
     if isinstance(one, Failure):
-        return {"index": one.index, "failure": one.kind, "message": one.message}
+        told = {"index": one.index, "failure": one.kind, "message": one.message}
+        return told | {"errno": system_error(one.error)}
     index, prepared = one
     return {
         "index": index,
@@ -83,7 +85,10 @@ def _heard(
     index = one["index"]
     if "failure" in one:
         kind, message = one["failure"], one["message"]
-        return Failure(index, kind, message, _ERRORS[kind](message))
+        error = _ERRORS[kind](message)
+        if one["errno"] is not None:
+            error.__cause__ = OSError(one["errno"], message)
+        return Failure(index, kind, message, error)
     frames = None if one["clip"] is None else np.broadcast_to(np.uint8(0), one["clip"])
     prompt = Prompt(tuple(one["before"]), tuple(one["after"]))
     return index, Prepared(prompt, frames, requests[index].decoding, tuple(one["notes"]))

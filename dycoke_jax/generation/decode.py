@@ -39,14 +39,13 @@ def decode(
             that streaming in pieces of any size runs the same program.
         layout: as given to ``prefill`` (static).
     """
-    network = model.bind()
     until = jnp.minimum(until, layout.slots.generated)
 
     def more(state: DecodeState) -> Array:
         return (state.step < until) & ~state.done.all()
 
     def body(state: DecodeState) -> DecodeState:
-        logits, state = decode_step(network, state, layout)
+        logits, state = decode_step(model.in_step(state.step).bind(), state, layout)
         state = take_token(state, sample(logits, sampling, state.step), limits)
         return spread_on(state, model.mesh)
 

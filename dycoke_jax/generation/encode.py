@@ -33,8 +33,8 @@ class Features(NamedTuple):
     """Number of frames of each clip, int32; 0 for rows without a clip."""
     signals: tuple[Float[Array, "B F N ..."], ...]
     """What was asked of the vision tower, in that order, pooled as the tokens are: keys
-    [B, F, N, vision width] in the dtype of the computation, attention [B, F, N] in float32. Zeros
-    where a clip has no frame."""
+    [B, F, N, vision width] and mean_keys [B, F, N, E] in the dtype of the computation, attention
+    [B, F, N] in float32. Zeros where a clip has no frame."""
 
 
 def encode(

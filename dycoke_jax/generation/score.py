@@ -49,7 +49,7 @@ def score(
         lengths: number of tokens of each answer, at least 1.
         layout: what is known about the batch (static), see ``layout.plan``.
     """
-    network, width = model.bind(), answers.shape[1]
+    width = answers.shape[1]
     # No token stops an answer here.
     limits = Limits(lengths, jnp.full((answers.shape[0], 1), -1))
     logits, state = begin(model, features, text, limits, layout)
@@ -62,7 +62,7 @@ def score(
         inside = index < lengths
         found = jnp.where(inside, chosen, 0), inside & (logits.argmax(-1) == token)
         state = take_token(state, token, limits)
-        return decode_step(network, state, layout), found
+        return decode_step(model.in_step(index).bind(), state, layout), found
 
     # The last token need not be read: nothing follows it.
     (logits, state), found = jax.lax.scan(read, (logits, state), jnp.arange(width - 1))

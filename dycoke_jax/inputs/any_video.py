@@ -15,13 +15,13 @@ from dycoke_jax.inputs.sampling import FrameSampling
 from dycoke_jax.inputs.video import read_clip
 from dycoke_jax.progress import Progress
 
-Video = Readable | ArrayLike | Sequence[ArrayLike | Image.Image]
+Video = Readable | ArrayLike | Sequence[ArrayLike | Image.Image] | Clip
 """What holds frames.
 
 A path (text, ``Path`` or bytes) of a video, a picture or a folder of pictures; the bytes of a file
 or an open binary file; uint8 RGB frames [F, height, width, 3] as an array of NumPy, JAX or PyTorch;
 or a list of frames, each an array [height, width, 3] or a Pillow image. Frames of arrays and lists
-are all used.
+are all used, and so are those of a ``Clip``, which has been read already in the model's size.
 """
 
 
@@ -62,6 +62,8 @@ def read_video(
             progress=progress,
             limits=limits,
         )
+    if isinstance(video, Clip):
+        return _read_already(video, size)
     frames = list(video) if isinstance(video, list | tuple) else None
     if hasattr(video, "shape") and is_frame(video) and not isinstance(video, type):
         return clip_from_array(video, size)
@@ -71,8 +73,18 @@ def read_video(
     raise RequestError(
         f"a video cannot be a {type(video).__name__}{held}; it is a path of a video, of a picture "
         "or of a folder of pictures, the bytes of a file, an open binary file, an array "
-        "[frames, height, width, 3], or a list of arrays or Pillow images"
+        "[frames, height, width, 3], a list of arrays or Pillow images, or a Clip"
     )
+
+
+def _read_already(clip: Clip, size: int) -> Clip:
+    frames = clip.frames
+    if not len(frames) or frames.shape[1:] != (size, size, 3):
+        raise RequestError(
+            f"the clip has frames of shape {list(frames.shape)}, and the model takes at least one, "
+            f"of shape [{size}, {size}, 3]; read it in this size"
+        )
+    return clip
 
 
 def is_readable(video: Any) -> bool:
@@ -82,5 +94,5 @@ def is_readable(video: Any) -> bool:
 
 
 def has_times(video: Any) -> bool:
-    """Whether a video says when its frames were filmed: files do, frames and pictures do not."""
-    return is_readable(video) and folder_of(video) is None
+    """Whether a video says when its frames were filmed: frames and folders of pictures do not."""
+    return isinstance(video, Clip) or (is_readable(video) and folder_of(video) is None)

@@ -1,19 +1,24 @@
 """Encodes a conversation with a checkpoint's own chat template, as transformers does.
 
 A chat template is a Jinja program that writes a conversation as one text, control tokens included.
-transformers renders it in a sandbox, without access to files. As in ``inputs.prompts``, only the
-template inserts control tokens: what a user types is never encoded as one.
+transformers renders it in a sandbox, without access to files, and here in a process of its own
+(``inputs.template_rendering``). As in ``inputs.prompts``, only the template inserts control tokens:
+what a user types is never encoded as one.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dycoke_jax.errors import PromptError
+from dycoke_jax.errors import PromptError, printable
 from dycoke_jax.inputs.prompts import Conversation, Prompt, Tokenizer, check_prompt, encode_text
+from dycoke_jax.inputs.template_rendering import RenderingError, render
 
 _VIDEO = "<video>"
 """The token by which chat templates of the llava-hf layout mark the place of the video."""
+
+_LONGEST_REASON = 300
+"""Characters of what a template says when it fails."""
 
 Messages = list[dict[str, Any]]
 """Messages whose contents are lists of parts, each a text or the place of the video."""
@@ -226,14 +231,12 @@ def _render_whole(
         PromptError: if that fails.
     """
     try:
-        rendered = tokenizer.apply_chat_template(
-            given, chat_template=source, tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # A template is a program: it may raise anything.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        rendered = render(source, given, tokenizer.special_tokens_map)
+    except RenderingError as error:
         raise PromptError(
-            f"the checkpoint's chat template cannot render this conversation ({reason}); change "
-            "the conversation or use the prompt format llava-next"
+            "the checkpoint's chat template cannot render this conversation "
+            f"({printable(str(error)[:_LONGEST_REASON])}); change the conversation or use the "
+            "prompt format llava-next"
         ) from error
     for message in (messages[0], messages[-1]):
         texts = [part["text"].strip() for part in message["content"] if not _is_video(part)]

@@ -8,6 +8,7 @@ it opens the file.
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -17,7 +18,7 @@ import av.container
 import av.stream
 
 from dycoke_jax.errors import VideoError, printable
-from dycoke_jax.inputs.limits import Watch
+from dycoke_jax.inputs.limits import LimitError, Watch
 
 
 @runtime_checkable
@@ -46,6 +47,7 @@ _PICTURE_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"
 _OPTIONS = {"format_whitelist": f"{_VIDEO},{_OTHER}", "protocol_whitelist": "file"}
 
 _PICTURES = "give a file such as MP4, MKV, WebM or AVI"
+_PART = 1 << 20  # bytes
 _LONGEST_NAME = 4096  # characters; a path cannot be longer
 
 
@@ -189,6 +191,53 @@ def _why_not(source: Source, error: av.FFmpegError) -> str:
             f"followed; {_PICTURES}"
         )
     return f"{source.name} is not a video ({error.strerror}); {_PICTURES}"
+
+
+@contextmanager
+def damage_or_unreadable(source: Source) -> Iterator[None]:
+    """Tells errors of the operating system from damage, for which FFmpeg takes them.
+
+    A file that cannot be read on is to FFmpeg one that ends there. So a file that is refused is
+    read to its end once more, which has the same error if it is one of the system.
+
+    Raises:
+        VideoError: that of the block; in its place one that comes from an ``OSError``, if the file
+            cannot be read to its end.
+    """
+    try:
+        yield
+    except LimitError:
+        raise  # what it holds does not matter, and it may be large
+    except VideoError:
+        check_readable(source)
+        raise
+    except OSError as error:
+        if isinstance(error, av.FFmpegError):
+            raise
+        raise _unreadable(source, error) from error
+
+
+def check_readable(source: Source) -> None:
+    """Reads a file to its end, whatever it holds.
+
+    Raises:
+        VideoError: if the operating system does not give all of it.
+    """
+    if isinstance(source.content, bytes):
+        return
+    try:
+        with source.content.open("rb", buffering=0) as file:
+            while file.read(_PART):
+                source.check_time()
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: Source, error: OSError) -> VideoError:
+    return VideoError(
+        f"{source.name} cannot be read to its end ({error.strerror}); try again, and if that does "
+        "not help copy the file to another disk"
+    )
 
 
 def _is_text(head: bytes) -> bool:

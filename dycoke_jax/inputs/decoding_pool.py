@@ -25,7 +25,7 @@ from dycoke_jax.errors import VideoError, printable
 from dycoke_jax.inputs.any_video import is_readable, read_video
 from dycoke_jax.inputs.clip import Clip
 from dycoke_jax.inputs.container import Source, find_source, shown_name
-from dycoke_jax.inputs.limits import DecodingLimits, too_slow
+from dycoke_jax.inputs.limits import DecodingLimits, setting, too_slow
 from dycoke_jax.inputs.sampling import FrameSampling
 from dycoke_jax.progress import Progress
 
@@ -231,11 +231,12 @@ class _Process:
             self._shared.flush()
         seconds = self._limits.seconds + _GRACE_SECONDS
         reply = self._within(seconds, lambda: self._ask(name, request, progress))
+        number = reply.get("errno")
+        cause = None if number is None else OSError(number, os.strerror(number))
         if "error" in reply:
-            cause = None if reply["errno"] is None else OSError(reply["errno"], reply["error"])
             raise _Refused(VideoError(reply["error"])) from cause
         if "crash" in reply:
-            raise VideoError(_crashed(name, printable(reply["crash"][:200])))
+            raise VideoError(_crashed(name, printable(reply["crash"][:200]))) from cause
         if "shape" not in reply:
             raise VideoError(self._too_large(name))
         size = request["size"]
@@ -311,7 +312,7 @@ class _Process:
     def _too_large(self, name: str) -> str:
         return (
             f"{name} takes more than the limit of {self._limits.megabytes} megabytes of memory to "
-            "read; sample fewer frames, make them smaller, or raise DecodingLimits.megabytes"
+            f"read; sample fewer frames, make them smaller, or raise {setting('megabytes')}"
         )
 
     def _frames(self, name: str, shape: tuple[int, ...]) -> UInt8[np.ndarray, "F size size 3"]:

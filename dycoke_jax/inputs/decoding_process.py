@@ -20,6 +20,7 @@ from dycoke_jax.inputs.clip import Clip
 from dycoke_jax.inputs.container import Source
 from dycoke_jax.inputs.limits import DecodingLimits, Watch
 from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.inputs.system_errors import system_error
 from dycoke_jax.inputs.video import read_clip, read_source
 
 REPORT_EVERY = 0.1
@@ -48,11 +49,11 @@ def _answer(
     except VideoError as error:
         if isinstance(error.__cause__, MemoryError):
             return {"memory": True}
-        return {"error": str(error), "errno": _errno(error)}
+        return {"error": str(error), "errno": system_error(error)}
     except MemoryError:
         return {"memory": True}
     except Exception as error:  # of libraries at files that they were never tried with
-        return {"crash": f"{type(error).__name__}: {error}"}
+        return {"crash": f"{type(error).__name__}: {error}", "errno": system_error(error)}
     return {
         "shape": clip.frames.shape,
         "times": clip.times,
@@ -88,15 +89,6 @@ def _write(shared: int, clip: Clip) -> None:
     written = 0
     while written < len(content):
         written += os.pwrite(shared, content[written:], written)
-
-
-def _errno(error: BaseException | None) -> int | None:
-    """The number of the error of the operating system that an error comes from."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno
-        error = error.__cause__
-    return None
 
 
 def _reply(replies: TextIO, message: dict[str, Any]) -> None:

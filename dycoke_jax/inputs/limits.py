@@ -7,6 +7,15 @@ from dycoke_jax import checks
 from dycoke_jax.errors import VideoError
 
 
+def setting(name: str) -> str:
+    """What messages call a limit: by its name here and by that of its option."""
+    return f"DecodingLimits.{name} (--clip-{name})"
+
+
+class LimitError(VideoError):
+    """A clip that takes more than it may."""
+
+
 @dataclass(frozen=True)
 class DecodingLimits:
     """What reading one clip may take.
@@ -14,13 +23,14 @@ class DecodingLimits:
     Numbers of NumPy are converted to those of Python.
 
     Attributes:
-        seconds: wall time for all of its reading and decoding, above 0.
-        pixels: width times height of a frame or picture as stored, at least 1; the default is that
-            of a square of 8,192 pixels.
-        frames: number of frames of the file, sampled or not, at least 1; the default is that of 9
-            hours at 30 frames a second.
-        megabytes: memory in millions of bytes that a process of its own may take for it (see
-            ``inputs.decoding_pool``), at least 1; without such a process it limits nothing.
+        seconds: longest wall time for reading and decoding a clip, above 0.
+        pixels: largest width times height of the frames of a clip as stored, at least 1; the
+            default is that of a square of 8,192 pixels.
+        frames: largest number of frames of a clip, sampled or not, at least 1; the default is that
+            of 9 hours at 30 frames a second.
+        megabytes: most memory, in millions of bytes, that reading a clip may take in a process of
+            its own (``inputs.decoding_pool``), at least 1; without such a process it limits
+            nothing.
 
     Raises:
         ConfigError: naming the setting and its range.
@@ -33,10 +43,10 @@ class DecodingLimits:
 
     def __post_init__(self) -> None:
         """Checks the types and ranges of the settings."""
-        seconds = checks.number("seconds", self.seconds, 0, with_low=False)
+        seconds = checks.number(setting("seconds"), self.seconds, 0, with_low=False)
         object.__setattr__(self, "seconds", seconds)
         for name in ("pixels", "frames", "megabytes"):
-            number = checks.whole_number(name, getattr(self, name), 1)
+            number = checks.whole_number(setting(name), getattr(self, name), 1)
             object.__setattr__(self, name, number)
 
 
@@ -58,24 +68,24 @@ class Watch:
         return cls(limits, time.monotonic() + limits.seconds)
 
     def check_time(self, name: str) -> None:
-        """Raises a VideoError that names the clip if its time is over."""
+        """Raises a LimitError that names the clip if its time is over."""
         if time.monotonic() > self.deadline:
-            raise VideoError(too_slow(name, self.limits))
+            raise LimitError(too_slow(name, self.limits))
 
     def check_size(self, name: str, width: int, height: int) -> None:
-        """Raises a VideoError that names the clip if its frames are too large."""
+        """Raises a LimitError that names the clip if its frames are too large."""
         if width * height > self.limits.pixels:
-            raise VideoError(
+            raise LimitError(
                 f"{name} has frames of {width}x{height} pixels, more than the limit of "
-                f"{self.limits.pixels} pixels; make them smaller, or raise DecodingLimits.pixels"
+                f"{self.limits.pixels} pixels; make them smaller, or raise {setting('pixels')}"
             )
 
     def check_frames(self, name: str, frames: int) -> None:
-        """Raises a VideoError that names the clip if it has too many frames."""
+        """Raises a LimitError that names the clip if it has too many frames."""
         if frames > self.limits.frames:
-            raise VideoError(
+            raise LimitError(
                 f"{name} has more frames than the limit of {self.limits.frames}; cut it into "
-                "parts, or raise DecodingLimits.frames"
+                f"parts, or raise {setting('frames')}"
             )
 
 
@@ -83,5 +93,5 @@ def too_slow(name: str, limits: DecodingLimits) -> str:
     """The message about a clip whose reading takes too long."""
     return (
         f"{name} takes more than the limit of {limits.seconds:g} seconds to read; cut it, or raise "
-        "DecodingLimits.seconds"
+        f"{setting('seconds')}"
     )

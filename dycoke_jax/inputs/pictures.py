@@ -121,19 +121,24 @@ def _reason(error: Exception) -> str:
     return printable(str(error)[:200]) or type(error).__name__
 
 
-def pictures_of(folder: Path, watch: Watch | None = None) -> list[Path]:
-    """Returns the pictures in a folder, in natural order: 2.png before 10.png.
+def pictures_of(folder: Path, watch: Watch | None = None) -> tuple[list[Path], int]:
+    """Finds the pictures in a folder.
 
     Args:
         folder: the folder.
         watch: the limits of reading it; None for the default ones without a deadline.
 
+    Returns:
+        The pictures, in natural order: 2.png before 10.png; and how many other things there are.
+        What is hidden does not count.
+
     Raises:
-        VideoError: if it holds no picture.
+        VideoError: if it holds no picture, or cannot be read.
     """
     watch = watch or Watch()
     try:
-        files = [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
+        shown = [file for file in folder.iterdir() if file.name[0] != "."]
+        files = [file for file in shown if file.is_file()]
         watch.check_frames(str(folder), len(files))
         pictures = []
         for file in files:
@@ -146,7 +151,8 @@ def pictures_of(folder: Path, watch: Watch | None = None) -> list[Path]:
         raise VideoError(
             f"{folder} is a folder without pictures; name a video file or a folder of pictures"
         )
-    return sorted(pictures, key=lambda file: _natural(file.name))
+    others = len(shown) - len(pictures)
+    return sorted(pictures, key=lambda file: _natural(file.name)), others
 
 
 def read_pictures(
@@ -172,8 +178,7 @@ def read_pictures(
     Raises:
         VideoError: if there is no picture, or one cannot be decoded.
     """
-    files = pictures_of(folder, watch)
-    others = sum(1 for file in folder.iterdir() if file.name[0] != ".") - len(files)
+    files, others = pictures_of(folder, watch)
     notes = [f"{folder}: left aside what is no picture ({others})"] if others else []
     timeline = even_timeline(len(files), 1.0)
     if sampling.fps is None and len(files) <= sampling.frames:

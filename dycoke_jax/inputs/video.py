@@ -15,7 +15,14 @@ from jaxtyping import Int, UInt8
 
 from dycoke_jax.errors import VideoError
 from dycoke_jax.inputs.clip import Clip
-from dycoke_jax.inputs.container import Readable, Source, find_source, folder_of
+from dycoke_jax.inputs.container import (
+    Readable,
+    Source,
+    check_readable,
+    damage_or_unreadable,
+    find_source,
+    folder_of,
+)
 from dycoke_jax.inputs.damage import check_decoded, refuse_or_note
 from dycoke_jax.inputs.decoding import decode_all, pick_in_order
 from dycoke_jax.inputs.limits import DecodingLimits, Watch
@@ -61,7 +68,8 @@ def read_clip(
 
     Raises:
         VideoError: if the file cannot be read as video, exceeds a limit, or is damaged and
-            ``allow_damaged`` is False. The message names the file and the remedy.
+            ``allow_damaged`` is False. The message names the file and the remedy. If the operating
+            system does not give the file, its ``__cause__`` is the ``OSError``.
     """
     watch = Watch.begin(limits)
     try:
@@ -82,6 +90,20 @@ def read_source(
     progress: Progress | None,
 ) -> Clip:
     """Reads the sampled frames of a file that was found; otherwise as :func:`read_clip`."""
+    with damage_or_unreadable(source):
+        clip = _read_source(source, sampling, size, allow_damaged, progress)
+    if clip.notes:  # of damage that was accepted, and that may be none
+        check_readable(source)
+    return clip
+
+
+def _read_source(
+    source: Source,
+    sampling: FrameSampling,
+    size: int,
+    allow_damaged: bool,
+    progress: Progress | None,
+) -> Clip:
     if is_picture(source):
         return read_picture(source, sampling, size, progress)
     found = scan(source)
@@ -133,11 +155,12 @@ def check_clip(path: Readable, *, allow_damaged: bool = False) -> None:
         pictures_of(folder)
         return
     source = find_source(path)
-    if is_picture(source):
-        read_picture(source, FrameSampling(frames=1), size=1)
-        return
-    found = scan(source)
-    _accept(source, found, allow_damaged, [])
+    with damage_or_unreadable(source):
+        if is_picture(source):
+            read_picture(source, FrameSampling(frames=1), size=1)
+            return
+        found = scan(source)
+        _accept(source, found, allow_damaged, [])
 
 
 def count_frames(path: str | os.PathLike[str], sampling: FrameSampling) -> int:

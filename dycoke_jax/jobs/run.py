@@ -1,7 +1,7 @@
 """Runs a job: answers all requests of a file that have no result yet."""
 
-import errno
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,19 +12,24 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import jax
+
 from dycoke_jax import checks
 from dycoke_jax.checkpoint.fingerprint import fingerprint
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.engine.requests import Failure, Piece, Request
+from dycoke_jax.engine.requests import Failure, Piece, Request, failure, in_one_line
 from dycoke_jax.engine.schedule import BatchReport
-from dycoke_jax.errors import ConfigError, RequestError, printable
+from dycoke_jax.errors import ConfigError, DycokeError, EngineError, RequestError, printable
 from dycoke_jax.inputs.any_video import ReadVideo, read_video
+from dycoke_jax.inputs.system_errors import may_pass
 from dycoke_jax.jobs.request_file import Line, read_requests
 from dycoke_jax.jobs.result_file import Results
 from dycoke_jax.jobs.settings import JobSettings, Shard
 from dycoke_jax.llava_video import LlavaVideo
 from dycoke_jax.progress import Progress
+
+_LOG = logging.getLogger(__name__)
 
 BAD_REQUEST = "bad_request"
 """Kind of error of a line that is no request; other kinds are those of ``Failure``."""
@@ -34,17 +39,6 @@ COMMIT_EVERY = 1.0
 
 RETRY_AFTER, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before requests are tried once more, which double each time; and the most of them."""
-
-_MAY_PASS = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("EAGAIN", "EBUSY", "EINTR", "EIO", "EREMOTEIO", "EMFILE", "ENFILE", "ESTALE"),
-        *("ETIMEDOUT", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "ENOTCONN", "ENOLINK"),
-        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH"),
-    )
-    if hasattr(errno, name)
-)
-"""Errors of the operating system after which reading the same file may work later."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +212,7 @@ def run_job(
         checked: what ``check_requests`` has returned.
         batch_size: largest number of requests that run together.
         max_retries: how often requests are tried again whose file could not be read, for a reason
-            that may pass (see ``may_pass``), after all others.
+            that may pass (see ``inputs.system_errors.may_pass``), after all others.
         force: accept results that another model has made.
         read: reads the clips, as in ``LlavaVideo.run``.
         stop: ends the work after the batch that runs, once it is set.
@@ -230,6 +224,7 @@ def run_job(
     Raises:
         RequestError: if the results are of another model, or if a setting makes no sense.
         OutputError: if a result cannot be written.
+        EngineError: if two batches in a row have failed.
     """
     max_retries = checks.whole_number("max_retries", max_retries, 0, error=RequestError)
     made_by = model_fingerprint(model)
@@ -246,20 +241,6 @@ def run_job(
             break
         pause = min(2 * pause, LONGEST_PAUSE)
     return run.summary()
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether an error comes from an error of the operating system that may pass by itself.
-
-    Such are a file server that does not answer, or too many open files; a missing or a damaged file
-    is not.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if getattr(cause, "errno", None) in _MAY_PASS:
-            return True
-        cause = cause.__cause__
-    return False
 
 
 def model_fingerprint(model: LlavaVideo) -> str:
@@ -307,10 +288,56 @@ class _Run:
         self._began = self._committed = time.monotonic()
         self._asked: dict[int, tuple[Line, Request]] = {}
         self._running: set[int] = set()
+        self._aside: dict[str, tuple[Line, Request, Exception]] = {}
         self._report()
 
     def answer(self, *, is_last: bool) -> int:
-        """Answers the requests without a result; returns how many are to be tried again."""
+        """Answers the requests without a result; returns how many are to be tried again.
+
+        A batch that fails as a whole is set aside, and the others are answered. Its requests fail
+        when another batch has worked, or none is left: until then the device may be what fails.
+
+        Raises:
+            EngineError: if the next batch fails too; neither of them has results then.
+        """
+        while True:
+            try:
+                left = self._answer(is_last=is_last)
+                break
+            except DycokeError:
+                raise
+            except Exception as error:
+                self._set_aside(error)
+            finally:
+                self._asked.clear()
+                self._running.clear()
+        if not self.stop.is_set():
+            self._finish_aside()
+        self._commit(at_once=True)
+        return left
+
+    def _set_aside(self, error: Exception) -> None:
+        """Sets the batch that runs aside, or raises what it has failed with."""
+        # Of several processes the others may have gone on.
+        if not self._running or jax.process_count() > 1:
+            raise error
+        if self._aside:
+            raise EngineError(
+                f"two batches in a row have failed ({in_one_line(error)}); the device may be lost "
+                "or out of memory: run the same command again, with a smaller batch size if need be"
+            ) from error
+        _LOG.debug("a batch has failed", exc_info=error)
+        asked = [self._asked[index] for index in sorted(self._running)]
+        self._aside = {line.id: (line, request, error) for line, request in asked}
+
+    def _finish_aside(self) -> None:
+        """Writes the failures of the batch that was set aside."""
+        aside, self._aside = self._aside, {}
+        for line, request, error in aside.values():
+            self._finish(line, self._result(line, request, failure(0, error)))
+
+    def _answer(self, *, is_last: bool) -> int:
+        """Answers the requests without a result until a batch fails."""
         left = 0
         items = self._model.run(
             self._requests(),
@@ -330,14 +357,13 @@ class _Run:
                         self._finish(line, self._result(line, request, item))
                     if self._running:
                         continue
+                    if isinstance(item, Piece):
+                        self._finish_aside()
                     self._commit(at_once=isinstance(item, Piece))
                     if self.stop.is_set():
                         break
         except _Stopped:
             pass
-        finally:
-            self._asked.clear()
-        self._commit(at_once=True)
         return left
 
     def summary(self) -> Summary:
@@ -359,7 +385,7 @@ class _Run:
         for line in self._job.lines():
             if self.stop.is_set():
                 return
-            if line.id in self._results.digests:
+            if line.id in self._results.digests or line.id in self._aside:
                 continue
             if isinstance(line.request, RequestError):
                 fault = {"kind": BAD_REQUEST, "message": str(line.request)}

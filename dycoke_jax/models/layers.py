@@ -5,17 +5,31 @@ only (see ``dycoke_jax.model.Model.bind``, which gives them their arrays), so th
 never computed.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dycoke_jax.ops.matmul import matmul
+from dycoke_jax.sharding import gathered
 
 
-def parameter(*shape: int) -> nnx.Param[Array]:
+class Parameter(nnx.Param[Array]):
+    """A parameter that is gathered, where it is spread over ``data``, each time it is read.
+
+    ``Model.bind`` gives it ``whole``, its sharding once it is gathered.
+    """
+
+    def get_value(self, **index: Any) -> Any:
+        """Returns the gathered value; see ``sharding.gathered``."""
+        return gathered(super().get_value(**index), self.get_metadata("whole", None))
+
+
+def parameter(*shape: int) -> Parameter:
     """A parameter of the given shape, float32; its values are never used (see the module)."""
-    return nnx.Param(jnp.zeros(shape, jnp.float32))
+    return Parameter(jnp.zeros(shape, jnp.float32))
 
 
 class Linear(nnx.Module):

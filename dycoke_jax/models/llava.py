@@ -59,7 +59,8 @@ class Llava(nnx.Module):
         Returns:
             The visual tokens of each frame in raster order, in the dtype of the computation, and
             the signals in the order in which they were asked for, pooled as the visual tokens are:
-            keys [C, N, vision width] in the dtype of the computation, attention [C, N] in float32.
+            keys [C, N, vision width] and mean_keys [C, N, E] in the dtype of the computation,
+            attention [C, N] in float32.
 
         Raises:
             ConfigError: if the tower does not have a layer.

@@ -54,7 +54,8 @@ class SiglipVisionTower(nnx.Module):
 
         Returns:
             The patch states as without signals, and the signals in the order in which they were
-            asked for: keys [C, P, D] in the dtype of the computation, attention [C, P] in float32.
+            asked for: keys [C, P, D] and mean_keys [C, P, E] in the dtype of the computation,
+            attention [C, P] in float32.
 
         Raises:
             ConfigError: if the tower does not have a layer.
@@ -118,7 +119,13 @@ class SiglipLayer(nnx.Module):
         The norm and the keys are written a second time here. The compiler computes them once.
         """
         x = self.layer_norm1(x)
-        return self.self_attn.k_proj(x) if kind == "keys" else self.self_attn.received(x)
+        match kind:
+            case "keys":
+                return self.self_attn.k_proj(x)
+            case "mean_keys":
+                return self.self_attn.mean_keys(x)
+            case "attention":
+                return self.self_attn.received(x)
 
 
 class SiglipAttention(nnx.Module):
@@ -138,6 +145,10 @@ class SiglipAttention(nnx.Module):
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         out = attention(q, k, v, causal=False, spread=self.spread)
         return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
+
+    def mean_keys(self, x: Float[Array, "C P D"]) -> Float[Array, "C P E"]:
+        """The key of each patch: mean over heads."""
+        return self._heads(self.k_proj(x)).mean(1, dtype=jnp.float32).astype(x.dtype)
 
     def received(self, x: Float[Array, "C P D"]) -> Float[Array, "C P"]:
         """The attention that each patch receives: mean over heads and queries, float32."""

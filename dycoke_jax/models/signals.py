@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from dycoke_jax.checks import choice, whole_number
 from dycoke_jax.config import VisionConfig
 
-Kind = Literal["keys", "attention"]
+Kind = Literal["keys", "mean_keys", "attention"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Signal:
     It is computed for each frame alone, and pooled to N values a frame as the features are.
 
     Attributes:
-        kind: ``keys``: the keys of the layer's attention, heads side by side. ``attention``: the
-            attention that each patch receives, as the mean over heads and queries, float32.
+        kind: ``keys``: the keys of the layer's attention, heads side by side. ``mean_keys``: their
+            mean over heads. ``attention``: the attention that each patch receives, as the mean over
+            heads and queries, float32.
         layer: number of the layer of the tower, from 0; a negative number counts from the end of
             the layers that are run, so that -1 is the last of them.
 

@@ -47,6 +47,8 @@ def bad(message: str, param: str | None = None, code: str = "invalid_value") -> 
 
 def of_failure(failure: Failure) -> Fault:
     """The fault of a request that the engine could not answer."""
+    if failure.kind == "internal":
+        return failed()
     param = "messages" if failure.kind in ("video", "prompt") else None
     return bad(failure.message, param, f"invalid_{failure.kind}")
 

@@ -25,7 +25,6 @@ class Serving:
         max_frames: largest number of frames that a request may ask for, at least 1.
         max_tokens: largest number of tokens of an answer that a request may ask for, at least 1.
             Requests that run together wait for the longest of their answers.
-        clip_timeout: seconds that reading one clip may take.
         media_root: folder whose files requests may name by file:// URLs. Default: none may.
         allow_urls: fetch clips from http and https URLs, also from hosts that only this machine
             can reach.
@@ -42,7 +41,6 @@ class Serving:
     max_body: int = 64
     max_frames: int = 128
     max_tokens: int = 1024
-    clip_timeout: float = 60.0
     media_root: Path | None = None
     allow_urls: bool = False
 
@@ -52,8 +50,7 @@ class Serving:
             checks.whole_number(name, getattr(self, name), 1, error=RequestError)
         for name in ("gather", "grace"):
             checks.number(name, getattr(self, name), 0, error=RequestError)
-        for name in ("timeout", "clip_timeout"):
-            checks.number(name, getattr(self, name), 0, with_low=False, error=RequestError)
+        checks.number("timeout", self.timeout, 0, with_low=False, error=RequestError)
         checks.flag("allow_urls", self.allow_urls, error=RequestError)
         if self.media_root is not None and not Path(self.media_root).is_dir():
             raise RequestError(f"media_root is {self.media_root}, which is no folder")

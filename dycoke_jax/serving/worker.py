@@ -20,9 +20,7 @@ from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.engine.prepare import CLIP_THREADS
 from dycoke_jax.engine.requests import Failure, Piece, Request, failure
 from dycoke_jax.engine.schedule import BatchReport
-from dycoke_jax.errors import RequestError, VideoError
 from dycoke_jax.inputs.any_video import ReadVideo, read_video
-from dycoke_jax.inputs.clip import Clip
 from dycoke_jax.llava_video import STREAM_EVERY, LlavaVideo
 from dycoke_jax.serving.faults import Fault, failed, of_failure, stopping
 from dycoke_jax.serving.metrics import Metrics
@@ -53,22 +51,6 @@ class Ticket:
         """Hands an event to the event loop, from any thread."""
         with suppress(RuntimeError):  # the loop has ended, and nobody waits
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-
-class _ReadClip:
-    """A clip that was read ahead of the engine, in the place of the file that it was read from."""
-
-    def __init__(self, clip: Clip) -> None:
-        self.clip = clip
-
-    def read(self) -> bytes:
-        """Makes it an open file to the engine, which therefore knows that it has times."""
-        raise NotImplementedError
-
-
-def _as_read(video: _ReadClip, *_: object, **__: object) -> Clip:
-    """What the engine reads clips with."""
-    return video.clip
 
 
 class Worker:
@@ -176,12 +158,9 @@ class Worker:
                 clip = self._read(
                     request.video, request.sampling, size, allow_damaged=request.allow_damaged
                 )
-                ticket.request = replace(request, video=_ReadClip(clip))
-        except (VideoError, RequestError) as error:
-            fault = of_failure(failure(0, error))
-        except Exception:
-            _LOG.exception("the reader of clips has failed")
-            fault = failed()
+                ticket.request = replace(request, video=clip)
+        except Exception as error:
+            fault = _fault(failure(0, error))
         with self._changed:
             self._reading.remove(ticket)
             if fault is None:
@@ -199,7 +178,6 @@ class Worker:
                 compression=first.compression,
                 batch_size=self._settings.batch_size,
                 stream_every=STREAM_EVERY,
-                read=_as_read,
                 on_batch=self._report,
             )
             try:
@@ -261,7 +239,7 @@ class Worker:
 
     def _deliver(self, result: Piece | Failure) -> None:
         ticket = self._taken[result.index]
-        ticket.tell(of_failure(result) if isinstance(result, Failure) else result)
+        ticket.tell(_fault(result) if isinstance(result, Failure) else result)
         if isinstance(result, Piece) and result.answer is not None:
             self._metrics.count(result.answer.tokens)
         if isinstance(result, Failure) or result.answer is not None:
@@ -279,3 +257,10 @@ class Worker:
     def _count(self) -> None:
         self._metrics.waiting.set(len(self._reading) + len(self._waiting))
         self._metrics.running.set(len(self._taken))
+
+
+def _fault(failure: Failure) -> Fault:
+    """What the client of a request that has failed is told; the log has what it is not told."""
+    if failure.kind == "internal":
+        _LOG.error("a request has failed: %s", failure.message, exc_info=failure.error)
+    return of_failure(failure)

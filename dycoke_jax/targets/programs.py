@@ -147,7 +147,7 @@ def model_of(work: Workload, device: jax.Device, mesh: Mesh | None) -> Model:
                 else weight_sharding(name, shape, work.config, mesh, fsdp=work.fsdp)
             )
             params[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    return Model(params, work.config, work.dtype, mesh, work.kv)
+    return Model(params, work.config, work.dtype, mesh, work.kv, fsdp=work.fsdp)
 
 
 def programs(work: Workload, device: jax.Device, mesh: Mesh | None) -> Programs:

@@ -81,9 +81,9 @@ class Run:
             able to hold, goes into the log. None: no evaluation.
         extra: shapes and dtypes, by path, of those weights from ``initial`` that the network does
             not have, such as weights of auxiliary losses.
-        mesh: the devices to train on, which are those of the model from ``initial``; None for a
-            single one. A run may be resumed on another mesh.
-        fsdp: spread weights and moments over the mesh's ``data`` too.
+        mesh: the devices to train on; None for a single one. A run may be resumed on another mesh.
+        fsdp: spread weights and moments over the mesh's ``data`` too. The model from ``initial``
+            lies as these two say.
     """
 
     folder: Path
@@ -188,7 +188,6 @@ def _loop(
                 dropping=data.dropping,
                 auxiliary=data.auxiliary,
                 seed=run.seed,
-                fsdp=run.fsdp,
             )
             done = number + 1
             entry: dict[str, Any] = {}
@@ -232,7 +231,7 @@ def _claim(folder: Path, described: Mapping[str, Any]) -> None:
 
 def _resume(run: Run, saved: ocp.training.Checkpointer) -> TrainState:
     if saved.latest is None:
-        return start(run.optimisation, run.initial(), fsdp=run.fsdp)
+        return start(run.optimisation, run.initial())
     shapes = {**abstract_params(run.config), **run.extra}
     fresh = jax.eval_shape(
         lambda: _to_save(start(run.optimisation, Model(_zeros(shapes), run.config)))
@@ -253,7 +252,7 @@ def _resume(run: Run, saved: ocp.training.Checkpointer) -> TrainState:
             f"the state of step {saved.latest.step} in {saved.directory} cannot be read ({line}); "
             "remove that folder to go on from the one before"
         ) from error
-    model = Model(state.params, run.config, run.optimisation.dtype, run.mesh)
+    model = Model(state.params, run.config, run.optimisation.dtype, run.mesh, fsdp=run.fsdp)
     return TrainState(state.step, model, state.optimiser)
 
 

@@ -191,13 +191,13 @@ def module_of(path: str) -> str:
             return "language"
 
 
-def start(settings: Optimisation, model: Model, *, fsdp: bool = False) -> TrainState:
+def start(settings: Optimisation, model: Model) -> TrainState:
     """The state before the first step, with weights copied to float32.
 
     Args:
         settings: settings of the optimiser.
         model: the model; its weights are in any float dtype and hold those of auxiliary losses too.
-        fsdp: spread weights and moments over the ``data`` of the model's mesh too.
+            Moments are spread as they are.
 
     Raises:
         ConfigError: if weights are int8.
@@ -210,7 +210,7 @@ def start(settings: Optimisation, model: Model, *, fsdp: bool = False) -> TrainS
     params = {path: jnp.array(x, jnp.float32) for path, x in model.params.items()}
     step, make_moments = jnp.int32(0), optimiser(settings).init
     if model.mesh is not None:
-        place = partial(as_weights, config=model.config, mesh=model.mesh, fsdp=fsdp)
+        place = partial(as_weights, config=model.config, mesh=model.mesh, fsdp=model.fsdp)
         step, params = jax.device_put((step, params), place((step, params)))
         # Made where they lie: on one device there may be no room for them.
         shapes = jax.eval_shape(make_moments, _trained(settings, params))
@@ -219,7 +219,7 @@ def start(settings: Optimisation, model: Model, *, fsdp: bool = False) -> TrainS
     return TrainState(step, replace(model, params=params, dtype=settings.dtype), moments)
 
 
-@jax.jit(static_argnames=("settings", "dropping", "auxiliary", "fsdp"), donate_argnames="state")
+@jax.jit(static_argnames=("settings", "dropping", "auxiliary"), donate_argnames="state")
 def train_step(
     settings: Optimisation,
     state: TrainState,
@@ -229,7 +229,6 @@ def train_step(
     dropping: TokenSelection | None = None,
     auxiliary: tuple[AuxiliaryLoss, ...] = (),
     seed: Int[Array, ""] | int = 0,
-    fsdp: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Updates the weights once.
 
@@ -247,7 +246,6 @@ def train_step(
         dropping: which visual tokens are dropped (static). None: all are kept.
         auxiliary: auxiliary losses (static).
         seed: seed of random token dropping, 0 or more.
-        fsdp: as for ``start`` (static).
 
     Returns:
         The state after the step, and the metrics of the step.
@@ -258,11 +256,13 @@ def train_step(
     model = state.model
     check_rows(batch.ids.shape[1], model.mesh)
     batch, targets = constrain_steps((batch, targets), model.mesh)
-    spread = partial(constrain_as_weights, config=model.config, mesh=model.mesh, fsdp=fsdp)
+    spread = partial(
+        constrain_as_weights, config=model.config, mesh=model.mesh, fsdp=model.fsdp
+    )
     trained = _trained(settings, model.params)
 
     def loss(
-        trained: Params, part: Batch, targets: Any, key: Array
+        trained: Params, model: Model, part: Batch, targets: Any, key: Array
     ) -> tuple[Float[Array, ""], Scores]:
         scores = score_answers(
             replace(model, params={**model.params, **trained}),
@@ -278,7 +278,9 @@ def train_step(
         return scores.loss + scores.auxiliary * scores.tokens, scores
 
     def accumulate(total: tuple, part: tuple[Batch, Any, Array]) -> tuple[tuple, None]:
-        (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *part)
+        own = model.in_step(part[2])
+        of_part = jax.value_and_grad(loss, has_aux=True)
+        (_, scores), gradient = of_part(_trained(settings, own.params), own, *part)
         gradient = spread(gradient)
         counts = (
             scores.loss,

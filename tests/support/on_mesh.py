@@ -67,7 +67,7 @@ def spread(model, sizes, fsdp=False):
         )
         for path, weight in model.params.items()
     }
-    return replace(model, params=params, mesh=mesh)
+    return replace(model, params=params, mesh=mesh, fsdp=fsdp)
 
 
 def requests(count=7):

@@ -141,12 +141,15 @@ class Qwen2:
             logits.append(self.logits(x[-1]))
         return np.stack(logits), kept_sets, refreshes
 
-    def generate_dropping(self, prompt, candidates, fed, *, first, r, layer=None, p=0.0):
+    def generate_dropping(
+        self, prompt, candidates, fed, *, first, r, layer=None, p=0.0, merge=None
+    ):
         """FastV: logits after the prompt and after each fed token, and what the last layer saw.
 
         The layers from ``first`` on lack the visual tokens that the prompt's last token attends to
         least in the layer before. With ``layer``, the layers from there on choose among the others
-        in each step, as in ``generate``.
+        in each step, as in ``generate``. merge(x, dropped, left) changes what is left of the states
+        x by what is dropped of them.
         """
         caches = [{} for _ in range(self.config.num_layers)]
         x = np.asarray(prompt, np.float64)
@@ -156,6 +159,8 @@ class Qwen2:
                 scores = weights.mean(0)
                 keep = kept_of(len(candidates), r)
                 left = sorted(sorted(candidates, key=lambda slot: -scores[slot])[:keep])
+                if merge is not None:
+                    merge(x, sorted({*candidates} - {*left}), left)
                 held = [slot for slot in held if slot not in candidates or slot in left]
                 x = x[held]
             x, weights = self.attend(number, x, cache, held, lambda t: list(range(t + 1)))

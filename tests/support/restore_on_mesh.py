@@ -89,7 +89,7 @@ def another_mesh(folder):
     places = {"saved": ("data=2,model=4", True), "read": ("data=4,model=2", False)}
     (mesh, fsdp), (other, spread) = ((make_mesh(sizes), fsdp) for sizes, fsdp in places.values())
     params = load_params(source, "float32", None, None, mesh, fsdp=fsdp)
-    state = start(settings, Model(params, source.config, mesh=mesh), fsdp=fsdp)
+    state = start(settings, Model(params, source.config, mesh=mesh, fsdp=fsdp))
     with ocp.training.Checkpointer(folder / "run" / "state") as saved:
         saved.save(1, SavedState(jnp.int32(1), state.model.params, state.optimiser))
     (folder / "run" / "run.json").write_text("{}\n")

@@ -81,11 +81,11 @@ def batches(rows):
     ]
 
 
-def trained(model, rows, settings, dropping, fsdp=False):
+def trained(model, rows, settings, dropping):
     """The last state, and the loss and the norm of the gradient of each step."""
-    state, seen = start(settings, model, fsdp=fsdp), []
+    state, seen = start(settings, model), []
     for batch in batches(rows):
-        state, metrics = train_step(settings, state, batch, dropping=dropping, fsdp=fsdp)
+        state, metrics = train_step(settings, state, batch, dropping=dropping)
         seen.append([float(metrics.loss), float(metrics.gradient)])
     return state, seen
 
@@ -177,7 +177,7 @@ def main(folder):
             alone[key] = trained(model(newline), rows, SETTINGS, dropping)
         one, metrics = alone[key]
         mesh_model = on_mesh.spread(model(newline), sizes, fsdp)
-        other, on_a_mesh = trained(mesh_model, rows, settings, dropping, fsdp)
+        other, on_a_mesh = trained(mesh_model, rows, settings, dropping)
         found[name] = {
             "metrics": [metrics, on_a_mesh],
             "weights": distances(one.model.params, other.model.params, newline),

@@ -1,0 +1,32 @@
+"""The process in which chat templates are rendered: ``inputs.template_rendering`` starts it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dycoke_jax.inputs.child_process import answer_requests
+
+MEGABYTES = 1024
+"""Memory in millions of bytes that rendering may take."""
+
+
+def _answer(request: dict[str, Any], _: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    try:
+        (text,), _indices = render_jinja_template(
+            [request["messages"]],
+            chat_template=request["template"],
+            add_generation_prompt=True,
+            **request["tokens"],
+        )
+    except MemoryError:
+        return {"error": "it takes too much memory"}
+    except Exception as error:  # A template is a program: it may raise anything.
+        return {"error": next(iter(str(error).strip().splitlines()), type(error).__name__)}
+    if len(text) > request["most"]:
+        return {"error": f"it writes {len(text)} characters"}
+    return {"text": text}
+
+
+if __name__ == "__main__":
+    answer_requests(_answer, MEGABYTES)
