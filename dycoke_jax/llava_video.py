@@ -234,6 +234,7 @@ class LlavaVideo:
 
         Raises:
             DycokeError: VideoError, PromptError, ConfigError or RequestError, saying what to do.
+                Any other exception is a fault of the program or the machine, raised as it was.
         """
         checks.choice("failures", failures, get_args(Failures), error=RequestError)
         requests = _requests(videos, prompts, decoding, sampling, prompting, allow_damaged)

@@ -1,16 +1,18 @@
 """The model as one value: its weights, with what is static about them."""
 
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from dycoke_jax.config import LlavaConfig, Storage
 from dycoke_jax.models.llava import Llava, Params, dotted, split
 from dycoke_jax.models.quantisation import stored_weight
 from dycoke_jax.sharding import weight_sharding
+
+Tree = TypeVar("Tree")
 
 _STATIC = {"static": True}
 
@@ -50,21 +52,27 @@ class Model:
         graphdef, leaves = split(self.config, self.dtype, self.mesh)
         state = []
         for keys, leaf in leaves:
-            path, whole = dotted(keys), None
+            path, places = dotted(keys), None
             if self.mesh is not None and self.fsdp:
-                whole = weight_sharding(path, leaf.shape, self.config, self.mesh)
-            state.append((keys, leaf.replace(stored_weight(self.params, path), whole=whole)))
+                places = tuple(
+                    weight_sharding(path, leaf.shape, self.config, self.mesh, fsdp=fsdp)
+                    for fsdp in (True, False)
+                )
+            state.append((keys, leaf.replace(stored_weight(self.params, path), places=places)))
         return nnx.merge(graphdef, nnx.from_flat_state(state))
 
-    def in_step(self, changing: Array) -> "Model":
-        """Returns the same model for use in the body of a loop.
+    def in_step(self, changing: Tree) -> tuple["Model", Tree]:
+        """Returns the same model, and the same arrays, for use in the body of a loop.
 
-        What is gathered in every step of a loop is the same each time, so the compiler would gather
-        all weights before the loop and hold them.
+        What weights are gathered to is the same in every step of a loop, so the compiler would
+        gather all of them before the loop and hold them. It cannot where they seem to depend on
+        something that is not.
 
         Args:
-            changing: something that changes from step to step.
+            changing: arrays that change from step to step. The step must use those that are
+                returned, or the compiler sees that nothing depends on them.
         """
         if not self.fsdp:
-            return self
-        return replace(self, params=jax.lax.optimization_barrier((self.params, changing))[0])
+            return self, changing
+        params, changing = jax.lax.optimization_barrier((self.params, changing))
+        return replace(self, params=params), changing

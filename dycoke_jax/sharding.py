@@ -198,29 +198,34 @@ def weight_sharding(
     return NamedSharding(mesh, weight_spec(path, shape, config, mesh, fsdp=fsdp))
 
 
-def gathered(weight: Tree, places: NamedSharding | None) -> Tree:
+def gathered(weight: Tree, spread: NamedSharding, whole: NamedSharding) -> Tree:
     """Gathers, inside a program, a weight that is spread over ``data``.
 
-    Its gradient is left as it comes, so that the compiler may sum it in parts (reduce-scatter)
-    where it is spread again.
+    Its gradient is spread again, so that the compiler may sum it in parts (reduce-scatter).
 
     Args:
         weight: a weight, or a pytree of a matrix and the scales of its rows.
-        places: the sharding of the weight without FSDP; None does nothing.
+        spread: the sharding of the weight.
+        whole: its sharding once it is gathered.
     """
-    if places is None:
-        return weight
-    mesh, spec = places.mesh, places.spec
-    return jax.tree.map(lambda x: _gathered(x, NamedSharding(mesh, P(*spec[: x.ndim]))), weight)
+
+    def of(places: NamedSharding, x: Array) -> NamedSharding:
+        return NamedSharding(places.mesh, P(*places.spec[: x.ndim]))
+
+    return jax.tree.map(lambda x: _gathered(x, of(spread, x), of(whole, x)), weight)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(x: Array, places: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(x, places)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: Array, spread: NamedSharding, whole: NamedSharding) -> Array:
+    # Without the first the compiler may gather earlier, such as what is kept for the gradient.
+    # Without the barrier it takes the second for what other uses of the weight want as well.
+    x = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(x, spread))
+    return jax.lax.with_sharding_constraint(x, whole)
 
 
 _gathered.defvjp(
-    lambda x, places: (_gathered(x, places), None), lambda _places, _, gradient: (gradient,)
+    lambda x, spread, whole: (_gathered(x, spread, whole), None),
+    lambda spread, _whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, spread),),
 )
 
 

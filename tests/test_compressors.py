@@ -10,14 +10,17 @@ from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
 from dycoke_jax.compression.dycoke import DyCokeKV
 from dycoke_jax.compression.evs import EVS
 from dycoke_jax.compression.fastv import FastV
+from dycoke_jax.compression.holitom import HoliTom, HoliTomMerge
 from dycoke_jax.compression.methods import METHODS, parse_compression
 from dycoke_jax.compression.protocol import Compression, Compressor, combine
 from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.compression.unicomp import UniComp
 from dycoke_jax.compression.vidcom2 import VidCom2
+from dycoke_jax.compression.visionzip import VisionZip
 from dycoke_jax.engine.batch import frame_bucket
 from dycoke_jax.errors import ConfigError
 from dycoke_jax.generation.layout import PROMPT_MULTIPLE, plan
+from dycoke_jax.models.signals import Signal
 
 COMBINED = {
     "unicomp": UniComp(0.4),
@@ -28,7 +31,10 @@ COMBINED = {
     "random": RandomTokens(0.6),
     "frames+dycoke-kv": combine(WholeFrames(0.5), DyCokeKV(layer=2)),
     "evs": EVS(0.9, "budget", max_similarity=0.6),
-    "vidcom2+dycoke-kv": parse_compression("vidcom2(budget=.25)+dycoke-kv(layer=2, p=.7)"),
+    "vidcom2": VidCom2(0.25),
+    "visionzip": VisionZip(0.3),
+    "holitom+dycoke-kv": combine(HoliTom(0.4, layer=1), DyCokeKV(layer=2, p=0.5)),
+    "dycoke+holitom-merge": combine(TokenMerging(0.6), HoliTomMerge(1, 0.6, "equal")),
 }
 LENGTHS = (1, 7, 8, 5)
 """Frames of clips that run in one batch; alone, the first has programs of its own."""
@@ -75,6 +81,10 @@ def test_what_is_counted_is_what_was_promised():
     assert counts(WholeFrames(0.7)).merged == 48
     assert counts(EVS(0.05)).merged == 6
     assert counts(VidCom2(0.9)).merged == 115
+    assert counts(VisionZip(0.15)).merged == 19
+    assert counts(HoliTom(0.25, layer=0)).merged == 32
+    holitom = counts(HoliTom(0.25, layer=1))
+    assert (holitom.merged, set(holitom.attended)) == (32, {16})
     both = counts(parse_compression("vidcom2(budget=.25)+dycoke-kv(layer=2, p=.7)"))
     assert str(both) == "128 visual -> 32 after merging -> 9 attended per step"
 
@@ -136,7 +146,7 @@ def test_empty_frames_of_a_bucket_change_no_answer(method, frames, monkeypatch):
 
 
 def test_what_nobody_asks_for_is_not_computed(monkeypatch):
-    """Only UniComp wants the keys of the vision tower."""
+    """Of the vision tower, UniComp wants keys, HoliTom attention, and VisionZip both."""
     asked = []
     original = jax.tree_util.Partial(tiny_model().model.bind().__class__.encode_with_signals)
 
@@ -146,7 +156,13 @@ def test_what_nobody_asks_for_is_not_computed(monkeypatch):
 
     monkeypatch.setattr("dycoke_jax.models.llava.Llava.encode_with_signals", noted)
     model = tiny_model(layers=3, seed=3)
-    for method, wanted in ((None, ()), (DyCoke(layer=2), ()), (UniComp(), UniComp.signals)):
+    for method, wanted in (
+        (None, ()),
+        (DyCoke(layer=2), ()),
+        (UniComp(), (Signal("keys"),)),
+        (HoliTom(layer=2), (Signal("attention"),)),
+        (VisionZip(), (Signal("attention"), Signal("mean_keys"))),
+    ):
         asked.clear()
         jax.clear_caches()
         settings = {"compression": method, "decoding": Decoding(1)}

@@ -136,6 +136,23 @@ def test_results_hold_what_generate_gives(model, tmp_path):
     assert "0 results in" in err
 
 
+def test_limits_of_clips_are_options(tmp_path):
+    write_clip(tmp_path / "clip.mp4", 8)
+    line = {"id": "clip", "video": "clip.mp4", "prompt": "?"}
+    requests = write_lines(tmp_path / "requests.jsonl", [line])
+    results = tmp_path / "results.jsonl"
+    options = ("--model", TINY, "--frames", 4, "--max-new-tokens", 4)
+    code, _, err = run_main("batch", requests, results, *options, "--clip-seconds", 0)
+    assert code == 2
+    assert "--clip-seconds) is 0" in err
+    assert run_main("batch", requests, results, *options, "--clip-frames", 7)[0] == 3
+    message = read_results(results)["clip"]["error"]["message"]
+    assert "has more frames than the limit of 7" in message
+    assert message.endswith("(--clip-frames)")
+    results.unlink()
+    assert run_main("batch", requests, results, *options, "--clip-frames", 8)[0] == 0
+
+
 def test_a_job_without_failures_exits_with_0(tmp_path):
     requests = write_lines(tmp_path / "requests.jsonl", questions(2))
     results = tmp_path / "results.jsonl"

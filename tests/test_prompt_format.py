@@ -1,7 +1,12 @@
 """Prompts by the checkpoint's own chat template: the ids that transformers gives."""
 
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.clips import real_clip
@@ -218,6 +223,68 @@ def test_templates_that_do_not_fit_say_what_to_do(template, settings, says):
     with pytest.raises(PromptError, match=says) as caught:
         build_prompt_by_template(QWEN2, "What?", template=template, **settings)
     assert "\n" not in str(caught.value)
+
+
+ENDLESS = (
+    "{# video #}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+)
+DOUBLING = (
+    "{# video #}{% set all = namespace(text='abcdefgh') %}{% for i in range(99) %}"
+    "{% set all.text = all.text + all.text %}{% endfor %}{{ all.text }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (ENDLESS, "takes more than 1 seconds"),
+        (DOUBLING, "takes too much memory"),
+        ("{# video #}{{ 'a' * 10 ** 12 }}", "takes too much memory"),
+        ("{# video #}{{ 'ab' * 1000000 }}", "writes 2000000 characters"),
+        ("{# video #}{{ " + "(" * 300_000, "cannot render this conversation"),
+    ],
+    ids=["endless", "doubling", "product", "long", "deep"],
+)
+def test_a_template_made_to_do_harm_is_stopped(template, says, monkeypatch):
+    """In any thread, without taking memory of this process, and the next one is rendered."""
+    seconds = 1.0 if template is ENDLESS else 60.0
+    monkeypatch.setattr("dycoke_jax.inputs.template_rendering.SECONDS", seconds)
+    ask = {"has_video": True}
+    before = peak()
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(build_prompt_by_template, QWEN2, "What?", template=one, **ask)
+            for one in (template, IN_ORDER)
+        ]
+    with pytest.raises(PromptError, match=says) as caught:
+        asked[0].result()
+    assert str(caught.value).isprintable()
+    messages = [turn("user", VIDEO, part("What?"))]
+    assert asked[1].result() == of_transformers(messages, IN_ORDER)
+    assert peak() - before < 100e6
+
+
+def peak():
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_template_may_write_more_the_longer_the_conversation_is():
+    text = "What? " * 200_000
+    got = build_prompt_by_template(QWEN2, text, template=IN_ORDER, has_video=True)
+    assert len(got.after) > 200_000
+
+
+def test_the_process_that_renders_ends_with_the_one_that_asks():
+    code = (
+        "from dycoke_jax.inputs import template_rendering as own\n"
+        "assert own.render('{{ a }}', [{'role': 'user', 'content': '?'}], {'a': 'b'}) == 'b'\n"
+        "print(own._renderer._child._process.pid)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
 
 
 @pytest.mark.parametrize("prompt", ["", [], [turn("assistant", part("?"))], None, 3])

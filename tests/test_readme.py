@@ -22,7 +22,7 @@ PAGES = (
     DOCS / "jobs.md",
     *(
         DOCS / f"{name}.md"
-        for name in ("architecture", "performance", "serving", "training", "videos")
+        for name in ("architecture", "evaluation", "performance", "serving", "training", "videos")
     ),
 )
 

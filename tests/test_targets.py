@@ -204,6 +204,25 @@ def test_a_command_for_an_unknown_preset_says_which_there_are():
     assert "no preset '8b'; there are tiny, onevision-0.5b" in said
 
 
+OF_SLICES = {"v4:2x2x1": 4, "v5e:2x2": 4, "v5p:2x2x2": 8, "v6e:2x4": 8, "tpu7x:2x2x1": 8}
+"""Devices of slices as JAX counts them on real ones: one a chip, and two a TPU7x chip."""
+COUNTS = """
+import sys
+from dycoke_jax.targets.environment import without_devices
+from dycoke_jax.targets.topology import devices_of, parse_target
+without_devices()
+print(*(len(devices_of(parse_target(name))) for name in sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_slice_has_as_many_devices_as_jax_counts_on_a_real_one_and_nothing_else_is_said():
+    command = [sys.executable, "-c", COUNTS, *OF_SLICES]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert run.stdout.split() == [str(count) for count in OF_SLICES.values()]
+    assert run.stderr == ""
+
+
 TPUS = {
     "7b on v6e, plain": ("v6e:2x4", "7b", 64, "none", 4),
     "7b on v6e, dycoke": ("v6e:2x4", "7b", 64, "dycoke", None),

@@ -384,11 +384,10 @@ def _rows(
     most: int,
 ) -> Rows:
     """The kept tokens, of which centres have new values."""
-    tokens, width = features.shape[1:]
     (places,) = jnp.nonzero(is_kept.reshape(-1), size=most, fill_value=is_kept.size - 1)
-    merged = values.reshape(-1, width)[slot[places // tokens] * tokens + places % tokens]
-    embeds = features.reshape(-1, width)[places]
-    embeds = jnp.where(is_centre.reshape(-1)[places, None], merged, embeds)
+    frame, token = jnp.divmod(places, is_kept.shape[1])
+    merged = is_centre[frame, token][:, None]
+    embeds = jnp.where(merged, values[slot[frame], token], features[frame, token])
     return Rows(places.astype(jnp.int32), jnp.arange(most) < is_kept.sum(), embeds)
 
 

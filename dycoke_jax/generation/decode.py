@@ -45,7 +45,8 @@ def decode(
         return (state.step < until) & ~state.done.all()
 
     def body(state: DecodeState) -> DecodeState:
-        logits, state = decode_step(model.in_step(state.step).bind(), state, layout)
+        own, step = model.in_step(state.step)
+        logits, state = decode_step(own.bind(), replace(state, step=step), layout)
         state = take_token(state, sample(logits, sampling, state.step), limits)
         return spread_on(state, model.mesh)
 

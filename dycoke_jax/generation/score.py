@@ -56,13 +56,14 @@ def score(
 
     def read(carry: tuple, index: Array) -> tuple[tuple, tuple[Array, Array]]:
         logits, state = carry
+        own, index = model.in_step(index)
         token = answers[:, index]
         likely = jax.nn.log_softmax(logits)
         chosen = jnp.take_along_axis(likely, token[:, None], axis=1)[:, 0]
         inside = index < lengths
         found = jnp.where(inside, chosen, 0), inside & (logits.argmax(-1) == token)
         state = take_token(state, token, limits)
-        return decode_step(model.in_step(index).bind(), state, layout), found
+        return decode_step(own.bind(), state, layout), found
 
     # The last token need not be read: nothing follows it.
     (logits, state), found = jax.lax.scan(read, (logits, state), jnp.arange(width - 1))

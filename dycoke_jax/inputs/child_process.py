@@ -15,6 +15,9 @@ from threading import Timer
 from typing import Any
 
 Message = dict[str, Any]
+"""A request or a reply."""
+Tell = Callable[[Message], None]
+"""Sends a message before the reply."""
 
 _START_SECONDS = 60.0
 """In which a process must have started; it takes about half a second where there is nothing else to
@@ -72,6 +75,9 @@ class Child:
         try:
             with self.within(_START_SECONDS):
                 self.hear()
+        except ChildError as error:
+            self.end()
+            raise ChildError(f"it does not start: {error.how}", is_late=False) from error
         except BaseException:
             self.end()
             raise
@@ -133,14 +139,11 @@ class Child:
                 pipe.close()
 
 
-def answer_requests(
-    answer: Callable[[Message, Callable[[Message], None]], Message], megabytes: int
-) -> None:
+def answer_requests(answer: Callable[[Message, Tell], Message], megabytes: int) -> None:
     """Answers requests until there are no more; called in the process.
 
     Args:
-        answer: is given a request and a function that sends messages before the reply, and returns
-            the reply.
+        answer: makes the reply to a request.
         megabytes: memory in millions of bytes that the process may take beside what it has. On
             Linux only: elsewhere address space is not what memory costs.
     """

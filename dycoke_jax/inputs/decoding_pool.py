@@ -6,14 +6,10 @@ unattended, a file must cost no more than its own answer.
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import BoundedSemaphore, Lock, Timer
+from threading import BoundedSemaphore, Lock
 from types import TracebackType
 from typing import IO, Any
 
@@ -23,23 +19,17 @@ from jaxtyping import UInt8
 from dycoke_jax import checks
 from dycoke_jax.errors import VideoError, printable
 from dycoke_jax.inputs.any_video import is_readable, read_video
+from dycoke_jax.inputs.child_process import Child, ChildError
 from dycoke_jax.inputs.clip import Clip
 from dycoke_jax.inputs.container import Source, find_source, shown_name
 from dycoke_jax.inputs.limits import DecodingLimits, setting, too_slow
 from dycoke_jax.inputs.sampling import FrameSampling
 from dycoke_jax.progress import Progress
 
-_START_SECONDS = 60.0
-"""In which a process must have started; it takes about half a second where there is nothing else to
-do."""
 _GRACE_SECONDS = 2.0
 """A process looks at its time itself, and is ended only if it has not done so for so long."""
 _MOST_CLIPS = 1000
 """After which a process is replaced, since libraries lose some memory over damaged files."""
-_LONGEST_LINE = 2**26
-"""Bytes of a reply; it holds the times of the sampled frames."""
-_QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-"""Environment of a process: threads that it does not need would take address space."""
 
 
 class DecodingPool:
@@ -105,7 +95,10 @@ class DecodingPool:
             "progress": progress is not None,
         }
         with self._places:
-            process = self._take()
+            try:
+                process = self._take()
+            except ChildError as error:
+                raise VideoError(_crashed(name, error.how)) from error
             try:
                 clip = process.read(request, content, progress)
             except _Refused as refused:
@@ -194,24 +187,12 @@ class _Process:
         self.clips = 0
         self._limits = limits
         self._shared = _memory_file()
-        command = ["-P", "-m", "dycoke_jax.inputs.decoding_process"]
-        arguments = [str(self._shared.fileno()), json.dumps(asdict(limits))]
-        places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        path = {"PYTHONPATH": os.pathsep.join(filter(None, places))}
-        self._process = subprocess.Popen(
-            [sys.executable, *command, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(self._shared.fileno(),),
-            env=os.environ | _QUIET | path,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends the other
-        )
-        self._late = False
+        number = self._shared.fileno()
+        arguments = [str(number), json.dumps(asdict(limits))]
         try:
-            self._within(_START_SECONDS, lambda: self._next("the process that reads clips"))
+            self._child = Child("dycoke_jax.inputs.decoding_process", arguments, [number])
         except BaseException:
-            self.end()
+            self._shared.close()
             raise
 
     def read(
@@ -229,8 +210,12 @@ class _Process:
             self._shared.seek(0)
             self._shared.write(content)
             self._shared.flush()
-        seconds = self._limits.seconds + _GRACE_SECONDS
-        reply = self._within(seconds, lambda: self._ask(name, request, progress))
+        try:
+            reply = self._ask(request, progress)
+        except ChildError as error:
+            if error.is_late:
+                raise VideoError(too_slow(name, self._limits)) from error
+            raise VideoError(_crashed(name, error.how)) from error
         number = reply.get("errno")
         cause = None if number is None else OSError(number, os.strerror(number))
         if "error" in reply:
@@ -255,59 +240,24 @@ class _Process:
     @property
     def is_alive(self) -> bool:
         """Whether it has not ended."""
-        return self._process.poll() is None
+        return self._child.is_alive
 
     def kill(self) -> None:
         """Ends the process at once; who is reading from it is told."""
-        self._process.kill()
+        self._child.kill()
 
     def end(self) -> None:
         """Ends the process, from which nobody is reading, and closes what was open for it."""
-        self.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):  # what it was not told any more
-                pipe.close()
+        self._child.end()
         self._shared.close()
 
-    def _ask(self, name: str, request: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended; the reply that does not come says so
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        while "progress" in (reply := self._next(name)):
-            if progress is not None:
-                progress(*reply["progress"])
+    def _ask(self, request: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+        with self._child.within(self._limits.seconds + _GRACE_SECONDS):
+            self._child.tell(request)
+            while "progress" in (reply := self._child.hear()):
+                if progress is not None:
+                    progress(*reply["progress"])
         return reply
-
-    def _within(self, seconds: float, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Does something with the process, which is killed after so many seconds."""
-
-        def kill() -> None:
-            self._late = True
-            self._process.kill()
-
-        timer = Timer(seconds, kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            return work()
-        finally:
-            timer.cancel()
-
-    def _next(self, name: str) -> dict[str, Any]:
-        """The next message of the process."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline(_LONGEST_LINE)
-        if line.endswith(b"\n"):
-            return dict(json.loads(line))
-        if self._late:
-            raise VideoError(too_slow(name, self._limits))
-        self._process.kill()
-        code = self._process.wait()
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise VideoError(_crashed(name, how))
 
     def _too_large(self, name: str) -> str:
         return (

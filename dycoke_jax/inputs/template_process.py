@@ -1,24 +1,24 @@
 """The process in which chat templates are rendered: ``inputs.template_rendering`` starts it."""
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dycoke_jax.inputs.child_process import answer_requests
+from dycoke_jax.inputs.child_process import Message, Tell, answer_requests
 
-MEGABYTES = 1024
+MEGABYTES = 512
 """Memory in millions of bytes that rendering may take."""
 
 
-def _answer(request: dict[str, Any], _: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _answer(request: Message, _: Tell) -> Message:
     try:
-        (text,), _indices = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [request["messages"]],
             chat_template=request["template"],
             add_generation_prompt=True,
             **request["tokens"],
         )
+        text = rendered[0][0]
     except MemoryError:
         return {"error": "it takes too much memory"}
     except Exception as error:  # A template is a program: it may raise anything.

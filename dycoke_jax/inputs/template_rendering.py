@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any
 
-from dycoke_jax.inputs.child_process import Child, ChildError
+from dycoke_jax.inputs.child_process import Child, ChildError, Message
 
 SECONDS = 10.0
 """Longest wall time of a rendering."""
@@ -30,7 +30,7 @@ class _Renderer:
         self._lock = Lock()
         self._child: Child | None = None
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: Message) -> Message:
         """Waits for the process to be free and then for its reply.
 
         Raises:

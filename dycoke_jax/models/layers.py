@@ -5,6 +5,7 @@ only (see ``dycoke_jax.model.Model.bind``, which gives them their arrays), so th
 never computed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,16 +16,25 @@ from jaxtyping import Array, Float
 from dycoke_jax.ops.matmul import matmul
 from dycoke_jax.sharding import gathered
 
+EachLayer = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Changes how a layer is run, and not what it computes."""
+
+
+def unchanged(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a layer as it is."""
+    return layer
+
 
 class Parameter(nnx.Param[Array]):
     """A parameter that is gathered, where it is spread over ``data``, each time it is read.
 
-    ``Model.bind`` gives it ``whole``, its sharding once it is gathered.
+    ``Model.bind`` then gives it ``places``: its shardings before and after.
     """
 
     def get_value(self, **index: Any) -> Any:
         """Returns the gathered value; see ``sharding.gathered``."""
-        return gathered(super().get_value(**index), self.get_metadata("whole", None))
+        value, places = super().get_value(**index), self.get_metadata("places", None)
+        return value if places is None else gathered(value, *places)
 
 
 def parameter(*shape: int) -> Parameter:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from dycoke_jax.config import LlavaConfig
-from dycoke_jax.models.layers import Linear, parameter
+from dycoke_jax.models.layers import EachLayer, Linear, parameter, unchanged
 from dycoke_jax.models.qwen2 import Qwen2
 from dycoke_jax.models.siglip import SiglipVisionTower
 from dycoke_jax.models.signals import Signal
@@ -43,9 +43,14 @@ class Llava(nnx.Module):
         self.language_model = Qwen2(config.text, dtype, mesh)
         self.lm_head = None if config.text.tie_word_embeddings else Head(config)
 
-    def encode(self, frames: UInt8[Array, "C height width 3"]) -> Float[Array, "C N D"]:
-        """Vision tower, projector and pooling: the visual tokens of each frame in raster order."""
-        return self.encode_with_signals(frames, ())[0]
+    def encode(
+        self, frames: UInt8[Array, "C height width 3"], each_layer: EachLayer = unchanged
+    ) -> Float[Array, "C N D"]:
+        """Vision tower, projector and pooling: the visual tokens of each frame in raster order.
+
+        ``each_layer`` is as in ``SiglipVisionTower.with_signals``.
+        """
+        return self._pool(self.projector(self.vision_tower.with_signals(frames, (), each_layer)[0]))
 
     def encode_with_signals(
         self, frames: UInt8[Array, "C height width 3"], signals: Sequence[Signal]

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from dycoke_jax.config import VisionConfig
-from dycoke_jax.models.layers import LayerNorm, Linear, parameter
+from dycoke_jax.models.layers import EachLayer, LayerNorm, Linear, parameter, unchanged
 from dycoke_jax.models.signals import Kind, Signal, check_signals
 from dycoke_jax.ops.attention import attention, received_attention
 from dycoke_jax.ops.matmul import matmul
@@ -44,13 +44,17 @@ class SiglipVisionTower(nnx.Module):
         return self.with_signals(frames, ())[0]
 
     def with_signals(
-        self, frames: UInt8[Array, "C height width 3"], signals: Sequence[Signal]
+        self,
+        frames: UInt8[Array, "C height width 3"],
+        signals: Sequence[Signal],
+        each_layer: EachLayer = unchanged,
     ) -> tuple[Float[Array, "C P D"], tuple[Float[Array, "C P ..."], ...]]:
         """Encodes each frame independently, and computes what is asked for besides.
 
         Args:
             frames: RGB values of ``config.image_size`` pixels a side.
             signals: what to compute.
+            each_layer: called with each layer before it is run, as ``jax.checkpoint`` is.
 
         Returns:
             The patch states as without signals, and the signals in the order in which they were
@@ -69,7 +73,7 @@ class SiglipVisionTower(nnx.Module):
                 for signal in signals:
                     if signal.layer % len(self.layers) == index:
                         computed[signal] = layer.signal(x, signal.kind)
-                x = layer(x)
+                x = each_layer(layer.__call__)(x)
         return x, tuple(computed[signal] for signal in signals)
 
 

@@ -20,6 +20,8 @@ class Chip:
             and in one direction.
         source: where the figures are from.
         gpu: description for XLA's compiler for GPUs; None for a TPU.
+        cores: how the compiler for TPUs is told to take the cores of a chip as one device, as JAX
+            does on a real one; None where that is what it does.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Chip:
     links: float
     source: str
     gpu: str | None = None
+    cores: str | None = None
 
     @property
     def platform(self) -> str:
@@ -41,7 +44,14 @@ _TPU = "cloud.google.com/tpu/docs/"
 
 
 def _tpu(
-    name: str, page: str, gib: float, gbps: float, tflops: float, links: float, devices: int = 1
+    name: str,
+    page: str,
+    gib: float,
+    gbps: float,
+    tflops: float,
+    links: float,
+    devices: int = 1,
+    cores: str | None = None,
 ) -> Chip:
     """A TPU from the figures of its chip, with the links in Gbit/s in both directions."""
     return Chip(
@@ -51,6 +61,7 @@ def _tpu(
         tflops * 1e12 / devices,
         links * 1e9 / 8 / 2 / devices,
         _TPU + page,
+        cores=cores,
     )
 
 
@@ -92,7 +103,7 @@ _A100 = _gpu_config(
 )
 
 CHIPS = {
-    "v4": _tpu("v4", "v4", 32, 1228, 275, 2400),
+    "v4": _tpu("v4", "v4", 32, 1228, 275, 2400, cores="megacore"),
     "v5e": _tpu("v5e", "v5e", 16, 819, 197, 1600),
     "v5p": _tpu("v5p", "v5p", 95, 2765, 459, 4800),
     "v6e": _tpu("v6e", "v6e", 32, 1600, 918, 3200),

@@ -19,6 +19,7 @@ def without_devices() -> None:
     # It says what it does not find of a real machine.
     for name, value in (
         ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v6e-8"),  # any; what is compiled for is said elsewhere
         ("TPU_STDERR_LOG_LEVEL", "3"),
         ("TPU_MIN_LOG_LEVEL", "3"),
         ("TF_CPP_MIN_LOG_LEVEL", "3"),

@@ -136,7 +136,7 @@ def as_json(
 ) -> dict[str, Any]:
     """All results as values that JSON can hold: seconds, bytes and operations of one device."""
     chip = asdict(target.chip)
-    del chip["gpu"]
+    del chip["gpu"], chip["cores"]
     return {
         "preset": preset,
         "target": target.name,

@@ -71,7 +71,8 @@ def devices_of(target: Target) -> list[jax.Device]:
     try:
         if target.chip.gpu is None:
             name = f"{target.chip.name}:{'x'.join(map(str, target.shape))}"
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            cores = {} if target.chip.cores is None else {"chip_config_name": target.chip.cores}
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores)
         else:
             machines = max(1, target.shape[0] // _GPUS_OF_A_MACHINE)
             topology = topologies.get_topology_desc(

@@ -1,7 +1,8 @@
 """Cross entropy and accuracy of the answers of a packed batch, and auxiliary losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from dycoke_jax.generation.assemble import Visual, all_rows, assemble, place_newlines
 from dycoke_jax.generation.walk import walk
 from dycoke_jax.model import Model
+from dycoke_jax.models.layers import EachLayer, unchanged
 from dycoke_jax.models.llava import Llava, Params
 from dycoke_jax.models.qwen2 import Qwen2Layer, Rope
 from dycoke_jax.sharding import DATA, MODEL, constrain, constrain_rows, data_size, model_size
@@ -131,8 +133,12 @@ def score_answers(
     # Each weight is converted once, so that its gradient is summed in the dtype of the computation.
     params = {path: x.astype(model.dtype) for path, x in model.params.items()}
     network = replace(model, params=params).bind()
-    maybe_rematerialised = jax.checkpoint if rematerialise else lambda function: function
-    visual, kept = _visual(network, batch, dropping, key, maybe_rematerialised)
+    each_layer: EachLayer = unchanged
+    if rematerialise:
+        each_layer = jax.checkpoint
+    elif model.fsdp:
+        each_layer = partial(jax.checkpoint, policy=_is_kept)
+    visual, kept = _visual(network, batch, dropping, key, each_layer)
 
     language = network.language_model
     x, valid, positions = assemble(
@@ -156,7 +162,7 @@ def score_answers(
         number: int, layer: Qwen2Layer, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
         reads = [one.read(number, layer, x, forward) for one in auxiliary]
-        run = maybe_rematerialised(lambda x: layer.prefill(x, rope, valid, parts)[0])
+        run = each_layer(lambda x: layer.prefill(x, rope, valid, parts)[0])
         return run(x), reads
 
     x, reads = walk(language, x, visit)
@@ -183,6 +189,14 @@ def score_answers(
     )
 
 
+def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a result is kept for the gradient: all but gathered weights, which are gathered anew.
+
+    They are the only results with a derivative rule of their own (``sharding.gathered``).
+    """
+    return primitive.name != "custom_vjp_call"
+
+
 def _count_by_part(flags: Bool[Array, "B Q"], part: Int[Array, "B Q"]) -> Int[Array, "B parts"]:
     numbers = jnp.arange(1, MAX_PARTS + 1)
     return (flags[:, :, None] & (part[:, :, None] == numbers)).sum(1, dtype=jnp.int32)
@@ -193,10 +207,10 @@ def _visual(
     batch: Batch,
     dropping: TokenSelection | None,
     key: Array | None,
-    maybe_rematerialised: Callable[[Callable], Callable],
+    each_layer: EachLayer,
 ) -> tuple[Visual, Int[Array, "B M"]]:
     """The visual segment, and the places of its visual tokens among those of the clip."""
-    features = _features(network, batch.frames, maybe_rematerialised)
+    features = _features(network, batch.frames, each_layer)
     counts = jnp.where(batch.has_clip, features.shape[1], 0)
     kept = all_rows(features, counts)
     if dropping is not None:
@@ -212,7 +226,7 @@ def _visual(
 def _features(
     network: Llava,
     clips: UInt8[Array, "B F height width 3"],
-    maybe_rematerialised: Callable[[Callable], Callable],
+    each_layer: EachLayer,
 ) -> Float[Array, "B F N D"]:
     """The visual tokens of each frame.
 
@@ -225,7 +239,7 @@ def _features(
         folded = jnp.pad(folded, ((0, 0), (0, short), (0, 0), (0, 0), (0, 0)))
     folded = constrain(folded, mesh, DATA, MODEL)
     flat = constrain(folded.reshape(-1, *clips.shape[2:]), mesh, (DATA, MODEL))
-    features = maybe_rematerialised(network.encode)(flat)
+    features = network.encode(flat, each_layer)
     # The language model needs all tokens of a row on each device that holds the row.
     features = constrain(features.reshape(*folded.shape[:2], *features.shape[1:]), mesh, DATA)
     features = features[:, : rows // shards * frames]

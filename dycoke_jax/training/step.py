@@ -256,9 +256,7 @@ def train_step(
     model = state.model
     check_rows(batch.ids.shape[1], model.mesh)
     batch, targets = constrain_steps((batch, targets), model.mesh)
-    spread = partial(
-        constrain_as_weights, config=model.config, mesh=model.mesh, fsdp=model.fsdp
-    )
+    spread = partial(constrain_as_weights, config=model.config, mesh=model.mesh, fsdp=model.fsdp)
     trained = _trained(settings, model.params)
 
     def loss(
@@ -278,7 +276,7 @@ def train_step(
         return scores.loss + scores.auxiliary * scores.tokens, scores
 
     def accumulate(total: tuple, part: tuple[Batch, Any, Array]) -> tuple[tuple, None]:
-        own = model.in_step(part[2])
+        own, part = model.in_step(part)
         of_part = jax.value_and_grad(loss, has_aux=True)
         (_, scores), gradient = of_part(_trained(settings, own.params), own, *part)
         gradient = spread(gradient)

@@ -3,15 +3,17 @@
     python -m support.device_programs tpu|cuda
 
 prints one line of JSON for each program, and fails if a program has not the attention kernels that
-it should have or copies its caches. The widths are those of the released models, with few
-layers. It needs the device's compiler: libtpu, or jax-cuda12-plugin and nvidia-cuda-nvcc-cu12.
-Nothing is run. cuDNN's own checks are not made either: its kernels are calls in the program.
+it should have or copies its caches, or if a token stage calls the host. The widths are those of the
+released models, with few layers. It needs the device's compiler: libtpu, or jax-cuda12-plugin and
+nvidia-cuda-nvcc-cu12. Nothing is run. cuDNN's own checks are not made either: its kernels are calls
+in the program.
 """
 
 import json
 import re
 import sys
 import time
+from itertools import chain
 
 if __name__ == "__main__":
     from dycoke_jax.targets.environment import without_devices
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from dycoke_jax import DyCoke
+from dycoke_jax.compression.methods import METHODS as REGISTERED
 from dycoke_jax.config import LlavaConfig, TextConfig, VisionConfig
 from dycoke_jax.generation.assemble import TextIds
 from dycoke_jax.generation.decode import decode
@@ -45,7 +48,7 @@ NAMES = ["encode"] + [
     for method in METHODS
     for stage in ("prefill", "decode")
 ]
-KERNELS = {"encode": VISION_LAYERS, "prefill": TEXT_LAYERS, "decode": 0}
+KERNELS = {"encode": VISION_LAYERS, "prefill": TEXT_LAYERS, "decode": 0, "select": 0}
 """Calls of the attention kernel in the programs of each stage."""
 
 TARGETS = {"tpu": "v6e:2x4", "cuda": "h100:1"}
@@ -90,6 +93,28 @@ def programs():
             yield f"decode {newline} {name}", decode, arguments, static
 
 
+def token_stages():
+    """The token stage of each method with its defaults, as ``programs`` gives the others."""
+    shape = jax.ShapeDtypeStruct
+    tower = model("one_token")
+    side = tower.config.vision.image_size
+    frames = shape((1, side, side, 3), jnp.uint8)
+    for name, method in REGISTERED.items():
+        stage = method().stages.tokens
+        if stage is None:
+            continue
+
+        def encode(tower, frames, signals=stage.signals):
+            return tower.bind().encode_with_signals(frames, signals)
+
+        features, signals = jax.tree.map(
+            lambda x: shape((ROWS, FRAMES, *x.shape[1:]), x.dtype),
+            jax.eval_shape(encode, tower, frames),
+        )
+        arguments = (features, shape((ROWS,), jnp.int32), signals)
+        yield f"select {name}", jax.jit(stage.select), arguments, {}
+
+
 def report(name, compiled, arguments, seconds):
     """What the compiler made of a program."""
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -102,6 +127,7 @@ def report(name, compiled, arguments, seconds):
         "program": name,
         "splash": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
         "cudnn": len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax"', text)),
+        "host": re.findall(r"\b(?:send|recv|infeed|outfeed)\(|\S*callback\S*", text),
         "caches": caches,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -115,7 +141,7 @@ def main(platform):
     # that is looked at here.
     options = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else {}
     place, names = SingleDeviceSharding(devices_of(parse_target(TARGETS[platform]))[0]), []
-    for name, function, arguments, static in programs():
+    for name, function, arguments, static in chain(programs(), token_stages()):
         start = time.perf_counter()
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
@@ -128,7 +154,10 @@ def main(platform):
         # Only decoding has caches that it is given, and it updates them in place.
         assert made["aliased"] >= made["caches"], name
         assert (made["caches"] > 0) == name.startswith("decode"), name
-        names.append(name)
+        if name.startswith("select"):
+            assert not made["host"], name
+        else:
+            names.append(name)
     assert names == NAMES
 
 

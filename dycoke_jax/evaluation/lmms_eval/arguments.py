@@ -42,9 +42,9 @@ class Arguments:
         batch_size: number of requests that run together.
         mesh: sizes of the axes ``data`` and ``model`` of a mesh over all devices, such as ``2x4``;
             None for a single device. lmms-eval separates arguments by commas, so there is none.
-        failures: what becomes of a request whose clip or prompt cannot be read. ``raise``: it ends
-            the evaluation. ``empty``: it is logged, and gets an empty answer, which tasks count as
-            wrong; log-likelihoods raise all the same.
+        failures: what becomes of a question that cannot be answered, such as one whose clip cannot
+            be read. ``raise``: its error ends the evaluation. ``empty``: it is logged, and gets an
+            empty answer, which tasks count as wrong; log-likelihoods raise all the same.
 
     Raises:
         ConfigError: naming the argument and what is allowed.

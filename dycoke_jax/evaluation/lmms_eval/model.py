@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts, unwrap_generation_output
@@ -10,9 +11,11 @@ from loguru import logger
 from tqdm import tqdm
 
 from dycoke_jax.checkpoint.opening import open_checkpoint
+from dycoke_jax.checks import shown
 from dycoke_jax.engine.requests import Answer, Failure, Request
 from dycoke_jax.evaluation.lmms_eval.arguments import arguments_of
 from dycoke_jax.evaluation.lmms_eval.requests import clip_of, decoding_of, question_of
+from dycoke_jax.files import read_json_object
 from dycoke_jax.llava_video import LlavaVideo
 
 _PAIR = (0.5, True)
@@ -52,7 +55,7 @@ class DycokeJax(lmms):
                 checkpoint.config, self.arguments.max_frames_num
             )
         self.llava = LlavaVideo.from_checkpoint(checkpoint, mesh=self.arguments.mesh_sizes)
-        for note in self.llava.notes:
+        for note in (*self.llava.notes, *_penalty_notes(checkpoint.folder.path)):
             logger.warning(note)
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
@@ -190,6 +193,18 @@ class DycokeJax(lmms):
                     for note in result.answer.notes:
                         logger.warning(note)
         return answers
+
+
+def _penalty_notes(folder: Path) -> tuple[str, ...]:
+    """A note on a checkpoint whose settings make the reference models penalise repetition."""
+    file = folder / "generation_config.json"
+    penalty = read_json_object(file).get("repetition_penalty", 1) if file.exists() else 1
+    if penalty in (None, 1):
+        return ()
+    return (
+        f"{file} sets a repetition_penalty of {shown(penalty)}, which lmms-eval's own models apply "
+        "and dycoke_jax does not; long answers may differ from theirs",
+    )
 
 
 def _text(answer: Answer | None) -> str:
