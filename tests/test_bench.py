@@ -25,6 +25,8 @@ from dycoke_jax.bench.memory import Peak
 from dycoke_jax.bench.results import row, same_ids
 from dycoke_jax.bench.stages import STAGES, Combination, prepare, stages_run
 from dycoke_jax.compilation import Compilations
+from dycoke_jax.compression.unicomp import UniComp
+from dycoke_jax.compression.visionzip import VisionZip
 from dycoke_jax.config import PRESETS, TINY, LlavaConfig, TextConfig, VisionConfig
 from dycoke_jax.generation.decode import decode_step
 from dycoke_jax.generation.layout import plan
@@ -214,6 +216,17 @@ def test_the_operations_of_a_decode_step_are_those_that_xla_counts(wide):
     before = counted_by_xla(lambda *inputs: read(work, *inputs).token, *arguments)
     counted = counted_by_xla(step, *arguments) - before
     assert found["decode"].flops == pytest.approx(counted, rel=0.005)
+
+
+@pytest.mark.parametrize("method", [UniComp(), VisionZip()], ids=["unicomp", "visionzip"])
+def test_what_is_counted_of_the_features_has_the_shapes_that_encoding_gives(model, method):
+    work = prepare(model, Combination(1, 2, "", method), 2)
+    for array, counted in zip(
+        jax.tree.leaves(stages._encode(work)),
+        jax.tree.leaves(stages._shapes_of_features(work)),
+        strict=True,
+    ):
+        assert (array.shape, array.dtype) == (counted.shape, counted.dtype)
 
 
 def test_pruned_layers_are_counted_with_the_slots_that_they_read():

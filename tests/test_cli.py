@@ -72,7 +72,7 @@ def test_compress_names_another_method_in_place_of_dycoke():
     )[0]
     assert tuple(shown["token_ids"]) == answer.token_ids
     assert shown["tokens"]["merged"] == answer.tokens.merged
-    assert shown["compression"] == {"method": "random", "k": 0.5, "seed": 0}
+    assert shown["compression"] == {"method": "random", "k": 0.5, "seed": 0, "budget": None}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What every method of compression must hold to, whatever it does, and alone or combined."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -98,6 +100,19 @@ def test_methods_are_hashable_and_have_stages(name):
     assert any((method.stages.tokens, method.stages.prompt, method.stages.cache))
     assert hash(method) == hash(METHODS[name]())
     assert hash(method.stages) == hash(METHODS[name]().stages)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().stages.tokens])
+def test_token_stages_are_made_for_tpus_without_callbacks_or_dynamic_shapes(name):
+    """A callback cannot be lowered for a platform that is not there."""
+    shape = jax.ShapeDtypeStruct
+    width = {"keys": (16,), "mean_keys": (4,), "attention": ()}
+    stage = METHODS[name]().stages.tokens
+    signals = tuple(shape((2, 8, 16, *width[s.kind]), np.float32) for s in stage.signals)
+    features, frames = shape((2, 8, 16, 24), "bfloat16"), shape((2,), np.int32)
+    traced = jax.jit(stage.select).trace(features, frames, signals)
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert not re.search(r"tensor<[^>]*\?", program)
 
 
 def test_two_methods_for_one_stage_are_refused():

@@ -342,7 +342,7 @@ def test_an_error_of_the_stream_or_of_a_program_ends_the_run(model, monkeypatch)
 
 def test_a_clip_that_was_read_before_is_answered_as_its_file(model, tmp_path):
     """With its times and notes, and whatever the sampling of the request is."""
-    path = cut(write_clip(tmp_path / "cut.ts", textured(20)), 0.6)
+    path = cut(write_clip(tmp_path / "cut.mkv", textured(40)), 0.6)
     asked = {"sampling": FrameSampling(4), "allow_damaged": True}
     settings = {"decoding": Decoding(3), "prompting": Prompting(time_text=True)}
     clip = read_clip(path, asked["sampling"], SIDE, allow_damaged=True)

@@ -563,9 +563,9 @@ def test_an_interrupt_leaves_the_requests_of_a_failed_batch_to_the_next_run(
 def test_a_damaged_clip_is_read_once_and_an_unreadable_one_as_often_as_is_said(
     model, tmp_path, monkeypatch
 ):
-    for name in ("damaged.ts", "unreadable.ts"):
+    for name in ("damaged.mp4", "unreadable.mp4"):
         cut(write_clip(tmp_path / name, textured(20)), 0.6)
-    names = ["damaged.ts", "unreadable.ts"]
+    names = ["damaged.mp4", "unreadable.mp4"]
     lines = [{"id": name, "video": name, "prompt": "?"} for name in names]
     requests = write_lines(tmp_path / "requests.jsonl", lines)
     tried = []
@@ -583,8 +583,8 @@ def test_a_damaged_clip_is_read_once_and_an_unreadable_one_as_often_as_is_said(
     run(model, requests, tmp_path / "results.jsonl", read=read, max_retries=3)
     assert [tried.count(name) for name in names] == [1, 4]
     found = read_results(tmp_path / "results.jsonl")
-    assert "is damaged" in found["damaged.ts"]["error"]["message"]
-    assert found["unreadable.ts"]["error"] == {
+    assert "get the file again" in found["damaged.mp4"]["error"]["message"]
+    assert found["unreadable.mp4"]["error"] == {
         "kind": "video",
         "message": "the file server does not answer",
     }

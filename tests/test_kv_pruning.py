@@ -27,8 +27,8 @@ from support.reference import Qwen2, kept_of
 from support.tiny import tiny_model, video
 
 from dycoke_jax import Decoding, DyCoke
-from dycoke_jax.cache import Slots
-from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet
+from dycoke_jax.cache import KV, Slots
+from dycoke_jax.compression.kv_pruning import MaskedCache, OneShot, WorkingSet, _by_loop
 from dycoke_jax.compression.protocol import Compression
 from dycoke_jax.compression.view import View
 from dycoke_jax.config import LlavaConfig, TextConfig
@@ -359,3 +359,17 @@ def test_empty_slots_are_neither_chosen_nor_counted(method):
         np.testing.assert_allclose(alone[0][:, 0], logits[:, row], atol=1e-4)
         for index, state in enumerate(states):
             assert chosen_of(state, row) == chosen_of(alone[2][index], 0)
+
+
+@pytest.mark.parametrize("due", [False, True], ids=["not due", "due"])
+def test_the_loop_that_stands_for_a_conditional_refills_once_if_that_is_due(due):
+    """It is the form for GPUs; here it runs on the CPU."""
+    before = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
+    caches = [KV(jnp.asarray(before), jnp.asarray(-before))]
+
+    def refill(caches):
+        return [KV(cache.keys + 1, cache.values * 2) for cache in caches]
+
+    (after,) = jax.jit(lambda due, caches: _by_loop(due, refill, caches))(due, caches)
+    np.testing.assert_array_equal(after.keys, before + 1 if due else before)
+    np.testing.assert_array_equal(after.values, -2 * before if due else -before)

@@ -81,6 +81,17 @@ def test_each_device_holds_its_part_of_weights_and_moments(found, case):
 
 
 @pytest.mark.slow
+def test_a_step_with_FSDP_never_holds_all_weights_of_the_model_at_once(found):
+    """Not even with its temporaries; with and without rematerialised layers.
+
+    Where weights are gathered at the start of the program, temporaries are 1.5 times the weights.
+    """
+    for temporaries, weights in found["memory"]:
+        assert weights > 10e6
+        assert temporaries < weights
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one to FSDP", "FSDP to one"])
 def test_a_run_is_resumed_on_another_mesh(found, name):
     """The model that it writes is that of a straight run, and so is the held-out loss."""

@@ -17,6 +17,7 @@ where the attention has changed:
 but everything can become visible again at any step, as in the published code (mode official).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ class WorkingSet:
                 filled.append(cache.write(of_all.take(chosen), 0))
             return filled
 
-        caches = jax.lax.cond(refreshed.any(), refill, lambda working: working, view.caches)
+        caches = _where_any(refreshed, refill, view.caches)
 
         def with_chosen(of_slots: Array, of_chosen: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(of_slots, of_chosen, 0, axis=1)
@@ -262,6 +263,31 @@ def _check_host_memory() -> None:
             f"DyCoke: parked host needs memory of the kind pinned_host, which {device} does not "
             f"have (it has {', '.join(kinds)}); use parked device or drop"
         )
+
+
+def _where_any(
+    rows: Bool[Array, "B"], refill: Callable[[list[KV]], list[KV]], caches: list[KV]
+) -> list[KV]:
+    """Refills caches if that is due in any row, in place."""
+    return jax.lax.platform_dependent(
+        rows.any(),
+        caches,
+        # XLA for GPUs copies all that a conditional returns, twice in each step, and other
+        # compilers do not. What a loop carries is updated in place.
+        cuda=lambda due, caches: _by_loop(due, refill, caches),
+        default=lambda due, caches: jax.lax.cond(due, refill, lambda same: same, caches),
+    )
+
+
+def _by_loop(
+    due: Bool[Array, ""], refill: Callable[[list[KV]], list[KV]], caches: list[KV]
+) -> list[KV]:
+    """A conditional as a loop that runs once or not at all."""
+
+    def body(state: tuple[Array, list[KV]]) -> tuple[Array, list[KV]]:
+        return jnp.zeros((), bool), refill(state[1])
+
+    return jax.lax.while_loop(lambda state: state[0], body, (due, caches))[1]
 
 
 def _similarity(a: Float[Array, "B visual"], b: Float[Array, "B visual"]) -> Float[Array, "B"]:

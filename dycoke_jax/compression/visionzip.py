@@ -102,16 +102,15 @@ class VisionZip:
         frame = np.repeat(np.arange(length, dtype=np.int32), kept)
         first_row = np.cumsum(kept) - kept
         order = jnp.argsort(~chosen.is_kept, axis=-1).astype(jnp.int32)
-        places = order[:, frame, np.arange(len(frame)) - first_row[frame]] + frame * tokens
-        flat = features.reshape(batch, length * tokens, width)
-        embeds = jnp.take_along_axis(flat, places[:, :, None], axis=1)
+        token = order[:, frame, np.arange(len(frame)) - first_row[frame]]
+        row = jnp.arange(batch)[:, None]
+        embeds = features[row, frame, token]
         # Targets that are none are written out of range, which is nowhere.
         rows = jnp.cumsum(chosen.is_kept, axis=-1) - 1 + first_row[:, None]
         rows = jnp.take_along_axis(rows, chosen.targets, axis=-1)
         rows = jnp.where(chosen.is_target, rows, len(frame)).reshape(batch, -1)
-        embeds = embeds.at[jnp.arange(batch)[:, None], rows].set(
-            contextual.reshape(batch, -1, width), mode="drop"
-        )
+        embeds = embeds.at[row, rows].set(contextual.reshape(batch, -1, width), mode="drop")
+        places = jnp.asarray(frame * tokens) + token
         return Rows(places, jnp.asarray(frame) < frames[:, None], embeds)
 
     def _kept_of_frames(self, frames: int, tokens: int) -> Int[np.ndarray, "F"]:

@@ -118,17 +118,20 @@ def token_stages():
 def report(name, compiled, arguments, seconds):
     """What the compiler made of a program."""
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    caches = 0
+    caches, copied = 0, 0
     if name.startswith("decode"):
         # What a stage keeps from step to step may hold keys and values too.
         arrays = jax.tree.leaves([(view.caches, view.memory) for view in arguments[1].views])
         caches = sum(x.size * x.dtype.itemsize for x in arrays)
+        shapes = {",".join(map(str, x.shape)) for x in arrays if x.ndim == 4}
+        copied = len(re.findall(rf"= bf16\[({'|'.join(shapes)})\]\S* copy\(", text))
     return {
         "program": name,
         "splash": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
         "cudnn": len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax"', text)),
         "host": re.findall(r"\b(?:send|recv|infeed|outfeed)\(|\S*callback\S*", text),
         "caches": caches,
+        "copied": copied,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "seconds": round(seconds, 1),
@@ -153,6 +156,7 @@ def main(platform):
         assert made["splash" if platform == "tpu" else "cudnn"] == KERNELS[name.split()[0]], name
         # Only decoding has caches that it is given, and it updates them in place.
         assert made["aliased"] >= made["caches"], name
+        assert made["copied"] == 0, name  # whole caches
         assert (made["caches"] > 0) == name.startswith("decode"), name
         if name.startswith("select"):
             assert not made["host"], name

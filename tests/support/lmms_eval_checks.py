@@ -9,6 +9,7 @@ compared with ``dycoke-jax eval`` and with direct calls of ``LlavaVideo``.
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,7 @@ def check(work: Path) -> None:
     from dycoke_jax import Decoding, DyCoke, FrameSampling, LlavaVideo
     from dycoke_jax.assets import TINY
     from dycoke_jax.evaluation.accuracy import FILE_SIZE
+    from dycoke_jax.evaluation.lmms_eval import TASKS as OWN
     from dycoke_jax.tasks.clip_files import write_clip
     from dycoke_jax.tasks.pictures import draw
     from dycoke_jax.tasks.scenes import SceneSettings
@@ -156,6 +158,12 @@ def check(work: Path) -> None:
     for file, clip in zip(files, clips, strict=True):
         write_clip(file, draw(clip.scene, FILE_SIZE))
     write_tasks(folder, home, files, clips)
+    own_tasks = TaskManager("WARNING", include_path=str(OWN), include_defaults=False).all_tasks
+    assert own_tasks == ["daily_omni"]
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    documented = re.findall(r"^\| [^|]+ \| `(\w+)` \|", page, re.MULTILINE)
+    assert len(documented) >= 10
+    assert set(documented) <= {*TaskManager("WARNING").all_tasks, *own_tasks}
     made = [json.loads(line) for line in (folder / "made_clips.jsonl").read_text().splitlines()]
 
     program = str(Path(sys.executable).parent / "dycoke-jax")

@@ -16,24 +16,36 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    # The schedule that needs little memory, as on accelerators, and gradients that are not held
+    # until all can be summed at once: otherwise what is measured is how XLA runs on CPUs.
+    flags = (
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        "--xla_disable_hlo_passes=cpu-all-reduce-combiner",
+    )
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dycoke_jax.checkpoint import load_params, open_folder
+from dycoke_jax.config import TextConfig, VisionConfig
+from dycoke_jax.model import Model
+from dycoke_jax.models.llava import abstract_params
 from dycoke_jax.sharding import make_mesh
 from dycoke_jax.training.batches import Example, pack
+from dycoke_jax.training.placement import as_weights
 from dycoke_jax.training.run import Intervals, Run, train, train_and_save
 from dycoke_jax.training.scoring import HeldOut, accuracy
 from dycoke_jax.training.sources import StepData
-from dycoke_jax.training.step import Optimisation, start, train_step
+from dycoke_jax.training.step import Optimisation, TrainState, optimiser, start, train_step
 from dycoke_jax.training.token_dropping import TokenDropping
 from support import on_mesh
 from support.tokenizers import tiny_tokenizer
 
 STEPS = 3
+COLUMNS = ("ids", "part", "offset", "is_answer")
 SETTINGS = Optimisation(steps=STEPS, learning_rate=1e-3, warm_up=0)
 REMATERIALISED = replace(SETTINGS, rematerialise=True)
 RANDOM = TokenDropping(0.7, at_random=True)
@@ -111,6 +123,33 @@ def bytes_of(tree):
     return sorted(held.values())
 
 
+def memory(rematerialise):
+    """Bytes of temporaries of a step with FSDP on each device, and of all weights.
+
+    The model has few tokens and wide layers of both kinds; nothing is run.
+    """
+    config = replace(
+        on_mesh.config(),
+        vision=VisionConfig(128, 512, 3, 4, patch_size=14, image_size=on_mesh.SIDE),
+        text=TextConfig(320, 256, 1024, 3, 8, 2, 32, tie_word_embeddings=False),
+    )
+    mesh, settings = make_mesh("data=8"), replace(SETTINGS, rematerialise=rematerialise)
+    params = abstract_params(config)
+    model = Model(params, config, mesh=mesh, fsdp=True)
+    moments = jax.eval_shape(optimiser(settings).init, params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), model, moments)
+    places = as_weights(state, config, mesh, fsdp=True)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
+    one = batches(8)[0]
+    short = {name: getattr(one, name)[:, :, :8] for name in COLUMNS}
+    batch = one._replace(frames=one.frames[:, :, :1], **short)
+    compiled = train_step.lower(settings, state, batch).compile()
+    whole = sum(4 * x.size for x in params.values())
+    return [compiled.memory_analysis().temp_size_in_bytes, whole]
+
+
 class Killed(BaseException):
     """Simulates a killed process: no code in the package catches it."""
 
@@ -185,6 +224,8 @@ def main(folder):
             "bytes of moments": bytes_of([x for x in jax.tree.leaves(other.optimiser) if x.ndim]),
         }
         print(name, file=sys.stderr, flush=True)
+    found["memory"] = [memory(True), memory(False)]
+    print("memory", file=sys.stderr, flush=True)
     found["resumed"] = resumed(folder, alone[2, "one_token", None][0].model.params)
     print(json.dumps(found))
 
