@@ -145,9 +145,11 @@ def processes_of(mesh: Mesh | None) -> Processes:
             "devices of all of them, or of one"
         )
     if size % count:
+        own_devices = mesh.devices.size // count
         raise ConfigError(
             f"a mesh with data={size} cannot be divided among {count} processes, of which each "
-            f"reads the clips of its own rows; data must be a multiple of {count}"
+            f"reads the clips of its own rows; data must be a multiple of {count}, and model at "
+            f"most the {own_devices} devices of a process (a larger model: fsdp)"
         )
     order = [min(row) for row in owners[:: size // count]]
     if owners != [{process} for process in order for _ in range(size // count)]:

@@ -355,7 +355,7 @@ def test_the_stages_and_what_they_are_called():
     assert isinstance(stages.tokens, TokenStage)
     assert isinstance(stages.prompt, PromptStage)
     assert stages.tokens.signals == (Signal("attention"),)
-    assert HoliTom(layer=0).stages == Compression(stages.tokens)
+    assert HoliTom(layer=0).stages == HoliTom(r=0).stages == Compression(stages.tokens)
     both = combine(HoliTom(layer=2), DyCokeKV())
     assert described(both)["method"] == "holitom(layer=0)+holitom-merge+dycoke-kv"
     with pytest.raises(ConfigError, match="HoliTom: layer is 18; with 4 layers it must lie in 1"):

@@ -24,12 +24,13 @@ from support.checkpoints import tiny_llava_hf
 from support.clips import cut, write_clip
 from support.command_line import run_main
 from support.jobs import read_results, without_times, write_lines
-from support.on_hosts import TIMEOUT, answers, requests
+from support.on_hosts import TIMEOUT, answers, requests, streamed
 from support.tiny import tiny_model
 from support.tokenizers import tiny_tokenizer
 
 from dycoke_jax import Decoding, LlavaVideo, Request
 from dycoke_jax.assets import TINY
+from dycoke_jax.checkpoint import convert
 from dycoke_jax.engine import sharing
 from dycoke_jax.engine.requests import Prepared, failure
 from dycoke_jax.engine.schedule import form_batches
@@ -83,6 +84,7 @@ def folder(tmp_path_factory):
     layers = {"num_hidden_layers": 2}
     tiny_llava_hf(folder / "model", deviation=0.2, text=layers, vision=layers)
     tiny_tokenizer().save_pretrained(folder / "model")
+    convert(folder / "model", folder / "orbax")
     for number in range(4):
         write_clip(folder / f"{number}.mp4", 12 + number)
     cut(write_clip(folder / "damaged.mp4"), 0.3)
@@ -92,11 +94,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """What one process with one device answers."""
-    return answers(LlavaVideo.from_pretrained(folder / "model"), folder)
+    llava = LlavaVideo.from_pretrained(folder / "model")
+    return *answers(llava, folder), streamed(llava, folder)
 
 
 RUNS = {
-    "2 processes, data=2, model=2": (2, "data=2,model=2"),
+    "2 processes, data=2, model=2": (2, "data=2,model=2", "orbax"),
     "4 processes, data=4, model=2, FSDP": (4, "data=4,model=2", "fsdp"),
 }
 
@@ -141,6 +144,21 @@ def test_each_process_reads_only_the_weights_of_its_devices(together):
 @pytest.mark.slow
 def test_matrices_that_are_quantised_part_by_part_are_those_of_whole_ones(together):
     assert all(found["int8"] for found in together)
+
+
+@pytest.mark.slow
+def test_processes_restore_a_converted_checkpoint_and_stream_after_a_warm_up(together, alone):
+    """The pieces of text are those of one process, and no program is compiled for them."""
+    runs = [found for found in together if "restored" in found]
+    assert len(runs) == (2 if len(together) == 2 else 0)
+    for found in runs:
+        assert found["restored"]
+        pieces = json.loads(json.dumps(alone[2]["pieces"]))
+        assert found["streamed"]["pieces"] == pieces
+        assert found["streamed"]["layouts"] == 1
+        assert found["streamed"]["compiled"]
+        assert len(found["streamed"]["pieces"]) == 2
+        assert found["streamed"]["after"] == 0
 
 
 @pytest.mark.slow
@@ -248,11 +266,12 @@ def test_a_process_knows_its_place_among_the_rows_of_the_mesh():
     ("rows", "message"),
     [
         ([[0, 1], [2, 3]], "data=2 cannot be divided among 4 processes"),
+        ([[0, 0, 1, 1, 2, 2, 3, 3]], r"model at most the 2 devices of a process .*: fsdp"),
         ([[0, 1], [0, 1], [2, 3], [2, 3]], "mixes the devices"),
         ([[0], [1], [2], [3], [0], [1], [2], [3]], "mixes the devices"),
         ([[0], [2]], "of 2 of 4 processes"),
     ],
-    ids=["rows shared", "columns shared", "not contiguous", "some processes"],
+    ids=["rows shared", "one row of all", "columns shared", "not contiguous", "some processes"],
 )
 def test_a_mesh_that_gives_processes_no_rows_of_their_own_is_refused(rows, message):
     with pytest.raises(ConfigError, match=message):

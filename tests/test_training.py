@@ -278,6 +278,13 @@ def test_loss_falls_from_scratch(tmp_path):
     assert entries[-1]["loss"] < 2.5
 
 
+def test_training_in_several_processes_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(DycokeError, match="2 processes run together, and training works in one"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_run_in_the_folder_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"seed": 1}\n')
     with pytest.raises(DycokeError, match=r"other settings \(seed\)"):

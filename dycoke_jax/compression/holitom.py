@@ -102,10 +102,11 @@ class HoliTom:
 
     @property
     def stages(self) -> Compression:
-        """A token stage, and a prompt stage unless ``layer`` is 0."""
+        """A token stage, and a prompt stage unless ``layer`` or ``r`` is 0."""
+        merges = self.layer > 0 and self.r > 0
         return Compression(
             tokens=HoliTomTokens(self.budget, self.threshold, self.beta),
-            prompt=HoliTomMerge(self.layer, self.r, self.mean) if self.layer else None,
+            prompt=HoliTomMerge(self.layer, self.r, self.mean) if merges else None,
         )
 
 
@@ -305,8 +306,8 @@ def _divide(is_still: Bool[Array, "pairs N"], frames: Int[Array, ""]) -> _Clip:
 def _best_division(since: Int[Array, "F N"]) -> Bool[Array, "_F F"]:
     """The best division into segments of the first 0, 1, .. F frames of a clip.
 
-    A segment is worth the number of tokens that are merged away in it: the number of places that
-    stand still throughout, times that of its frames but one.
+    A segment is worth the number of tokens by which merging makes it smaller: the number of places
+    that stand still throughout, times the number of its frames minus one.
 
     Args:
         since: for each frame and place, the frame since which the place has stood still.
@@ -316,7 +317,7 @@ def _best_division(since: Int[Array, "F N"]) -> Bool[Array, "_F F"]:
     """
     length = len(since)
     index = jnp.arange(length)
-    still = (since[:, None] <= index[:, None]).sum(-1)  # from frame [.., s] to frame [e, ..]
+    still = (since[:, None] <= index[:, None]).sum(-1)  # [last, first]: places, from first to last
     worth = (index[:, None] - index) * still
 
     def step(carry: tuple[Array, Array], of_last: tuple[Array, Array]) -> tuple[Any, None]:

@@ -7,6 +7,7 @@ compiler's own count of bytes takes every operand whole, and both branches of a 
 - an update in place writes as much as it is given, and reads nothing of what it updates;
 - a loop counts as often as the compiler knows that it runs, or else once;
 - of a conditional the branch that touches least is counted, and what others touch more is apart;
+- a loop that runs once or not at all is a conditional;
 - only arrays in the device's main memory count, and not those on the chip (as of a TPU's kernels).
 
 Calls of kernels count their operands and results once, though a kernel may read them several times.
@@ -307,7 +308,12 @@ def _add(total: Traffic, program: Program, name: str, times: int) -> None:
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             total.collectives.append(_collective(instruction, kind, times))
-        if instruction.opcode == "while":
+        if instruction.opcode == "while" and _runs_at_most_once(program, instruction):
+            body = traffic(program, instruction.named("body")[0])
+            extra = times * body.bytes
+            total.choices.append(Choice(instruction.origin, extra, tuple(body.collectives)))
+            total.choices.extend(body.choices)
+        elif instruction.opcode == "while":
             found = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.rest)
             runs = times * (int(found[1]) if found else 1)
             for part in (*instruction.named("condition"), *instruction.named("body")):
@@ -318,6 +324,20 @@ def _add(total: Traffic, program: Program, name: str, times: int) -> None:
             _add_choice(total, program, instruction, times)
         else:
             total.bytes += times * touched(program, computation, instruction)
+
+
+def _runs_at_most_once(program: Program, instruction: Instruction) -> bool:
+    """Whether a loop goes on by a value of its state that its body sets to a constant."""
+    condition = program.computations[instruction.named("condition")[0]]
+    body = program.computations[instruction.named("body")[0]]
+    goes_on, state = condition.instructions[condition.root], body.instructions[body.root]
+    index = re.search(r"\bindex=(\d+)", goes_on.rest)
+    if goes_on.opcode != "get-tuple-element" or index is None or state.opcode != "tuple":
+        return False
+    value = body.instructions[state.operands[int(index[1])]]
+    while value.opcode in ("copy", "bitcast"):
+        value = body.instructions[value.operands[0]]
+    return value.opcode == "constant"
 
 
 def _add_choice(total: Traffic, program: Program, instruction: Instruction, times: int) -> None:

@@ -124,11 +124,17 @@ def train(run: Run, progress: Progress | None = None) -> Model:
         The trained model; its weights are in float32 and hold those of auxiliary losses too.
 
     Raises:
-        ConfigError: if the folder holds a run with another description.
+        ConfigError: if the folder holds a run with another description, or other processes run
+            together with this one.
         CheckpointError: if the folder holds other files, cannot be written, or holds a checkpoint
             that cannot be read.
         DycokeError: as the source of the data does.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{jax.process_count()} processes run together, and training works in one: start it "
+            "in one process, which uses all devices of its host"
+        )
     _claim(run.folder, run.described)
     keep = ocp.training.preservation_policies.LatestN(2)
     try:

@@ -1,11 +1,12 @@
 """One process of several that answer a stream of requests together.
 
-    python -m support.on_hosts FOLDER PORT PROCESSES PROCESS MESH [fsdp] [kill]
+    python -m support.on_hosts FOLDER PORT PROCESSES PROCESS MESH [fsdp] [orbax] [kill]
 
 It reads the checkpoint ``FOLDER/model`` and the requests of ``requests(FOLDER)``, and writes what
 it has seen to ``FOLDER/PROCESS.json``: all answers, the clips that it has opened, and the bytes of
 weights that it has read. Each process has two devices, parts of the CPU that XLA simulates. With
-``kill`` the last process ends itself, without a word, when it has read its first clip.
+``orbax`` it restores the converted ``FOLDER/orbax`` as well, and streams answers after a warm-up.
+With ``kill`` the last process ends itself, without a word, when it has read its first clip.
 """
 
 import json
@@ -26,6 +27,7 @@ import numpy as np
 from dycoke_jax import Decoding, DyCoke, LlavaVideo, Request
 from dycoke_jax.checkpoint import open_checkpoint, safetensors_reader
 from dycoke_jax.checkpoint.load import load_params
+from dycoke_jax.compilation import counted
 from dycoke_jax.engine.requests import Failure
 from dycoke_jax.hosts import Hosts, initialise
 from dycoke_jax.inputs import FrameSampling
@@ -62,6 +64,30 @@ def answers(llava, folder):
         compression=METHOD,
     )
     return found, [list(one.log_likelihoods) for one in scored]
+
+
+def streamed(llava, folder):
+    """The pieces of text of two answers, and how many programs they needed after a warm-up."""
+    first = [one for one in requests(folder) if one.sampling.frames == 3][:2]
+    warm = llava.warm_up(
+        frames=[3], batch=[2], question_tokens=[8], max_new_tokens=[12], compression=METHOD
+    )
+    pieces = {}
+    with counted() as count:
+        for piece in llava.stream(
+            [one.video for one in first],
+            [one.prompt for one in first],
+            compression=METHOD,
+            decoding=Decoding(12),
+            sampling=FrameSampling(3),
+        ):
+            pieces.setdefault(piece.index, []).append(piece.text)
+    return {
+        "layouts": warm.layouts,
+        "compiled": warm.compiled + warm.found > 0,
+        "after": count.compiled + count.found,
+        "pieces": pieces,
+    }
 
 
 class CountedFile:
@@ -114,11 +140,11 @@ def main(folder, port, processes, process, mesh, *options):
             if "kill" in options and process == processes - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def counted(file, *arguments, **settings):
+    def counted_open(file, *arguments, **settings):
         note(file)
         return av_open(file, *arguments, **settings)
 
-    av.open = counted  # FFmpeg opens files by itself, which Python does not hear of
+    av.open = counted_open  # FFmpeg opens files by itself, which Python does not hear of
     sys.addaudithook(lambda event, arguments: note(arguments[0]) if event == "open" else None)
     safetensors_reader.safe_open = lambda *a, **k: CountedFile(safe_open(*a, **k))
     hosts = Hosts(False, f"localhost:{port}", processes, process, process_timeout=TIMEOUT)
@@ -153,6 +179,16 @@ def main(folder, port, processes, process, mesh, *options):
         ),
         "all": sum(weight.nbytes for weight in llava.params.values()),
     }
+    if "orbax" in options:
+        restored = LlavaVideo.from_pretrained(folder / "orbax", mesh=mesh)
+        result["restored"] = restored.params.keys() == llava.params.keys() and all(
+            np.array_equal(one.data, other.data)
+            for path, weight in restored.params.items()
+            for one, other in zip(
+                weight.addressable_shards, llava.params[path].addressable_shards, strict=True
+            )
+        )
+        result["streamed"] = streamed(restored, folder)
     (folder / f"{process}.json").write_text(json.dumps(result))
 
 
