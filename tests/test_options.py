@@ -11,7 +11,7 @@ import typer
 from support.command_line import run_main
 
 from dycoke_jax.assets import TINY
-from dycoke_jax.cli import asking, batch, learning, serve
+from dycoke_jax.cli import asking, batch, inspecting, learning, serve
 from dycoke_jax.cli.app import COMMANDS, app, new_app
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
 from dycoke_jax.compression.dycoke import DyCoke
@@ -22,7 +22,13 @@ from dycoke_jax.serving.settings import Serving
 from dycoke_jax.training.fine_tuning import FineTuning
 from dycoke_jax.training.run import Intervals
 
-MODULES = {"asking": asking, "batch": batch, "learning": learning, "serve": serve}
+MODULES = {
+    "asking": asking,
+    "batch": batch,
+    "inspecting": inspecting,
+    "learning": learning,
+    "serve": serve,
+}
 
 # The settings of each command; instances where a command has other defaults than the class, and
 # pairs where the names of options begin with more than those of the fields.
@@ -32,6 +38,7 @@ SETTINGS = {
     "batch": [*ASKING, Decoding(), Hosts(), (DecodingLimits(), "clip_")],
     "serve": [*ASKING, Decoding(), Serving(), (DecodingLimits(seconds=60.0), "clip_")],
     "demo": [FrameSampling(frames=16), DyCoke()],
+    "inspect": [FrameSampling()],
     "train": [
         FineTuning.shape,
         FineTuning.sampling,
