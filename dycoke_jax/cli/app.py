@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": ("serve", "Answer requests over HTTP, in the form of the OpenAI API."),
     "warmup": ("warm_up", "Compile the programs for given sizes, ahead of the first question."),
     "demo": ("asking", "Compare answers, token counts and times with and without compression."),
+    "inspect": ("inspecting", "Show which visual tokens of a clip methods keep, as a picture."),
     "convert": ("checkpoints", "Convert a checkpoint to another layout."),
     "init": ("checkpoints", "Write a checkpoint with random weights, in the llava-hf layout."),
     "train": ("learning", "Fine-tune a model on clips with questions and answers."),

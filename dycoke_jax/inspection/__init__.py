@@ -1,1 +1,1 @@
-"""Traces of single answers: which visual tokens were kept and attended to, also as pictures."""
+"""Which visual tokens methods keep of clips, and answers attend to, also as pictures."""

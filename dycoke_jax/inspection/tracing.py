@@ -24,6 +24,7 @@ from dycoke_jax.generation.state import DecodeState
 from dycoke_jax.inputs.any_video import Video
 from dycoke_jax.inputs.prompts import Conversation, Prompting
 from dycoke_jax.inputs.sampling import FrameSampling
+from dycoke_jax.inspection.coverage import covered
 from dycoke_jax.llava_video import LlavaVideo
 
 
@@ -35,7 +36,7 @@ class Trace:
         text: the answer.
         words: the text of each generated token: ``words[0]`` is from prefill and ``words[1 + s]``
             from decode step s.
-        frames: the frames as the model reads them, resized, RGB.
+        frames: the part of each frame that visual tokens stand for, RGB.
         grid: numbers of rows and columns of the visual tokens of a frame.
         kept: whether each visual token was kept.
         attended: whether the pruned layers attended to each visual token, for each decode step;
@@ -105,7 +106,7 @@ def trace_answer(
     return Trace(
         text=decode(list(generated.token_ids), skip_special_tokens=True),
         words=tuple(decode([token], skip_special_tokens=False) for token in generated.token_ids),
-        frames=request.frames,
+        frames=covered(request.frames, model.config),
         grid=model.config.frame_grid,
         kept=kept,
         attended=np.array(attended, bool).reshape(-1, *shape),
