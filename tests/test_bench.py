@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 from io import StringIO
 from statistics import median
 
@@ -392,6 +393,33 @@ def test_a_row_has_the_shares_of_the_limits_and_the_ratios_to_transformers(model
     assert found.stages["end to end"].limit.seconds == pytest.approx(sum(least))
 
 
+def measured(**seconds):
+    return Measured(
+        Compilations(), None, {name.replace("_", " "): s for name, s in seconds.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("plain", "wanted"),
+    [
+        # Of 10, 14 and 8 seconds, 4 are left in each round beside the token stage.
+        pytest.param([10.0, 14.0, 8.0], Spread(1 / 6, (0.1 + 1 / 6) / 2, 1 / 3), id="saves"),
+        pytest.param([10.0, 14.0, 4.0], None, id="saves nothing in a round"),
+        pytest.param(None, None, id="no plain model"),
+    ],
+)
+def test_the_token_stage_is_a_share_of_the_prefill_that_it_saves(model, plain, wanted):
+    ours = measured(token_stage=[1.0, 1.0, 2.0], prefill=[5.0, 5.0, 6.0])
+    rates = Rates(flops=1e9, bytes=1e6)
+    plain = None if plain is None else measured(prefill=plain)
+    found = row(prepare(model, DYCOKE, 9), ours, None, rates, plain).of_saved
+    if wanted is None:
+        assert found is None
+    else:
+        parts = found.median, found.low, found.high
+        assert parts == pytest.approx((wanted.median, wanted.low, wanted.high))
+
+
 def test_equal_tokens_are_counted_up_to_the_first_that_differs():
     assert same_ids([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 0, 6]]) == (4, 6)
     assert same_ids([[1, 2]], [[1, 2, 3]]) is None
@@ -442,6 +470,17 @@ def test_every_stage_is_timed_and_compared_with_the_plain_torch_model(results):
         assert spread.high / min(pairs.seconds) >= pairs.faster.low
 
 
+def test_what_a_method_saves_is_compared_with_the_plain_model_of_the_same_rounds(results):
+    plain, pruned = results.rows
+    assert plain.of_saved is None
+    stage, prefill = (np.array(pruned.stages[n].seconds) for n in ("token stage", "prefill"))
+    saved = np.array(plain.stages["prefill"].seconds) - prefill + stage
+    if (saved > 0).all():  # in so small a model it may save nothing
+        assert pruned.of_saved.median == pytest.approx(np.median(stage / saved))
+    else:
+        assert pruned.of_saved is None
+
+
 def test_tokens_are_counted_from_the_arrays(results):
     plain, pruned = (found.counts for found in results.rows)
     # 4 frames of 2 x 2 tokens, of which DyCoke keeps 4 + 3 * int(0.3 * 4).
@@ -471,6 +510,11 @@ def test_tables_fit_and_have_a_row_for_each_combination(results):
     lines = [line for line in text.splitlines() if line.startswith("│")]
     assert [line.split("│")[3].strip() for line in lines] == ["none", DYCOKE.name, "transformers"]
     assert "7 of 16" in lines[1]
+    assert "…" not in text
+    pruned = replace(results.rows[1], of_saved=Spread(0.0234, 0.01, 0.03))
+    text = shown(report.times(replace(results, rows=(results.rows[0], pruned))))
+    assert "2.34 %" in text
+    assert "the token stage as a share of the prefill that it saves" in " ".join(text.split())
     assert "…" not in text
     text = shown(report.limits(results))
     assert text.count("decode/step") == 2

@@ -15,7 +15,7 @@ from dycoke_jax.bench.stages import STAGES
 from dycoke_jax.compression.methods import described
 from dycoke_jax.files import write_file
 
-WIDTH = 170
+WIDTH = 200
 """Width that the tables need, in characters."""
 
 
@@ -52,28 +52,35 @@ def headline(results: Results) -> str:
 def times(results: Results) -> Table:
     """A table with the median times of each combination, one a row, and its peak memory."""
     stages = [name for name in STAGES if any(name in row.stages for row in results.rows)]
+    saves = any(row.of_saved is not None for row in results.rows)
     table = Table(
-        title="Medians of the times; peak memory of the whole process or device, and how far it is "
-        "above what was in use before (weights are not in it); programs that were compiled, or "
-        "found in the compilation cache",
+        title="Medians of the times"
+        + ("; the token stage as a share of the prefill that it saves" if saves else "")
+        + "; peak memory of the whole process or device, and how far it is above what was in use "
+        "before (weights are not in it); programs that were compiled, or found in the compilation "
+        "cache",
         title_justify="left",
     )
-    columns = ["kept", *map(_title, stages), "tokens/s", "peak", "above", "programs"]
+    shares = ["of saved"] if saves else []
+    columns = ["kept", *map(_title, stages), "tokens/s", *shares, "peak", "above", "programs"]
     _add_columns(table, ["batch", "frames"], ["compression"], columns)
     for row in results.rows:
         counts, compiled = row.counts, row.compiled
         medians = {name: stage.spread.median for name, stage in row.stages.items()}
+        share = "" if row.of_saved is None else f"{_digits(100 * row.of_saved.median)} %"
         table.add_row(
             *_names(row),
             "" if counts is None else f"{counts.merged:,} of {counts.visual:,}",
             *_times(medians, stages, row.combination.batch),
+            *([share] if saves else []),
             *_memory(row.peak),
             f"{compiled.compiled} compiled, {compiled.found} found, {seconds(compiled.seconds)}",
         )
     for theirs in results.theirs:
         medians = {name: found.median for name, found in theirs.stages.items()}
         names = str(theirs.batch), str(theirs.frames), "transformers", ""
-        table.add_row(*names, *_times(medians, stages, theirs.batch), *_memory(theirs.peak), "")
+        cells = [*_times(medians, stages, theirs.batch), *([""] if saves else [])]
+        table.add_row(*names, *cells, *_memory(theirs.peak), "")
     return table
 
 

@@ -46,6 +46,9 @@ class Row:
         same_ids: of the plain model, how many of the generated tokens equal those of transformers
             up to the first that differs in each request, and how many there are; None where they
             were not compared.
+        of_saved: time of the token stage as a share of the time of prefill that it saves, as median
+            and quartiles of the ratios of rounds; None if one of them was not timed, if the plain
+            model was not run, or if a round saved nothing.
     """
 
     combination: Combination
@@ -54,6 +57,7 @@ class Row:
     compiled: Compilations
     peak: Peak | None
     same_ids: tuple[int, int] | None
+    of_saved: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,13 @@ class Results:
     theirs: tuple[Theirs, ...]
 
 
-def row(work: Work, measured: Measured, theirs: Measured | None, rates: Rates) -> Row:
+def row(
+    work: Work,
+    measured: Measured,
+    theirs: Measured | None,
+    rates: Rates,
+    plain: Measured | None = None,
+) -> Row:
     """Makes the row of a combination.
 
     Args:
@@ -108,6 +118,7 @@ def row(work: Work, measured: Measured, theirs: Measured | None, rates: Rates) -
         measured: what was measured of it.
         theirs: what was measured of transformers in the same rounds; None if it was not run.
         rates: what was measured of the machine.
+        plain: what was measured without compression, all else being equal; None if it was not run.
     """
     costs = stage_costs(work)
     limits = {name: limit(cost, rates) for name, cost in costs.items()}
@@ -131,7 +142,21 @@ def row(work: Work, measured: Measured, theirs: Measured | None, rates: Rates) -
         measured.compiled,
         measured.peak,
         same if work.combination.compression is None else None,
+        None if plain is None else _of_saved(measured.seconds, plain.seconds),
     )
+
+
+def _of_saved(
+    seconds: Mapping[str, Sequence[float]], plain: Mapping[str, Sequence[float]]
+) -> Spread | None:
+    """``Row.of_saved``. Prefill begins with the token stage, which counts as cost and not there."""
+    if not {"token stage", "prefill"} <= seconds.keys() or "prefill" not in plain:
+        return None
+    of_rounds = zip(seconds["token stage"], seconds["prefill"], plain["prefill"], strict=True)
+    parts = [(stage, without - (prefill - stage)) for stage, prefill, without in of_rounds]
+    if any(saved <= 0 for _, saved in parts):
+        return None
+    return spread([stage / saved for stage, saved in parts])
 
 
 def theirs_of(combination: Combination, measured: Measured) -> Theirs:

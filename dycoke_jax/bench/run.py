@@ -89,11 +89,17 @@ def bench(
     matrix = _rate(done.flops, seconds["matrix rate"])
     bandwidth = _rate(done.bytes, seconds["bandwidth"])
     rates = Rates(matrix.median, bandwidth.median)
+    plain = {
+        _without_compression(work.combination): measured[number]
+        for number, work in enumerate(works)
+        if work.combination.compression is None
+    }
     rows = []
     for number, work in enumerate(works):
         size = work.combination.batch, work.combination.frames
         theirs = measured.get(("transformers", *size))
-        rows.append(row(work, measured[number], theirs, rates))
+        without = plain.get(_without_compression(work.combination))
+        rows.append(row(work, measured[number], theirs, rates, without))
     return Results(
         model=name,
         machine=described(model.dtype),
@@ -109,6 +115,11 @@ def bench(
             if against
         ),
     )
+
+
+def _without_compression(combination: Combination) -> Combination:
+    """What a combination is compared with to see what its compression saves."""
+    return replace(combination, name="none", compression=None)
 
 
 def _int8(model: Model) -> Model:

@@ -1,7 +1,6 @@
 """Tells damage, which loses frames, from what only looks odd in a video file."""
 
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,22 +11,9 @@ from dycoke_jax.inputs.sampling import Timeline
 from dycoke_jax.inputs.scan import Scan
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A file whose frames have all been decoded once.
-
-    Attributes:
-        timeline: the times of its frames.
-        threads: whether several threads decode the same frames as one.
-    """
-
-    timeline: Timeline
-    threads: bool
-
-
 def check_decoded(
     source: Source, found: Scan, decoded: Decoded, allow_damaged: bool, notes: list[str]
-) -> Checked:
+) -> Timeline:
     """Tells from all decoded frames whether a file is damaged, and returns its times.
 
     Raises:
@@ -38,7 +24,7 @@ def check_decoded(
             f"{source.name}: not one of its video frames can be decoded; get the file again or "
             "convert it, to H.264 in MP4 for instance"
         )
-    lost = _lost(found, decoded)
+    lost = lost_packets(found, decoded)
     is_damaged = decoded.faults > 0 or len(lost) > _spare(found.total)
     if is_damaged:
         errors = f" (decoding errors: {decoded.faults})" if decoded.faults else ""
@@ -46,22 +32,21 @@ def check_decoded(
         if found.incomplete:
             damage = f" (incomplete packets: {found.incomplete}){damage}"
         refuse_or_note(f"{source.name} is damaged{damage}", allow_damaged, notes)
-    threads = not (decoded.faults or lost)
     if is_damaged or found.damage:
         # Timestamps of a damaged file are not to be trusted.
-        return Checked(found.nominal_timeline(decoded.total), threads)
+        return found.nominal_timeline(decoded.total)
     if decoded.pts is None or not found.has_times:
-        return Checked(found.nominal_timeline(decoded.total + len(lost)), threads)
+        return found.nominal_timeline(decoded.total + len(lost))
     pts, duration = decoded.pts, decoded.duration
     if lost:
         pts = np.concatenate([pts, found.packets.pts[lost]])
         order = np.argsort(pts, kind="stable")
         duration = np.concatenate([duration, found.packets.duration[lost]])[order]
         pts = pts[order]
-    return Checked(found.timeline_of(pts, duration), threads)
+    return found.timeline_of(pts, duration)
 
 
-def _lost(found: Scan, decoded: Decoded) -> list[int]:
+def lost_packets(found: Scan, decoded: Decoded) -> list[int]:
     """Returns the numbers of the packets whose frame is missing and should not be.
 
     No frame is due from the leading pictures of an open group of pictures behind a cut, from the

@@ -3,6 +3,7 @@
 Nothing is decoded. What only decoding can tell is marked as uncertain.
 """
 
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 import av
+import av.container
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -19,6 +21,8 @@ from dycoke_jax.inputs.entry_points import is_entry_point
 from dycoke_jax.inputs.sampling import Timeline, even_timeline, measure_timeline
 
 _TINY_MPEG4 = 16  # bytes; a picture that is not coded takes 6 to 8
+_TIMED = ("matroska,webm", "flv")
+"""Formats whose header tells when the file ends, but not how many frames it has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +97,11 @@ class Scan:
     def total(self) -> int:
         """Number of frames that should be decodable."""
         return len(self.order)
+
+    @property
+    def reordering(self) -> int:
+        """Largest number of packets before that of a frame whose frames are shown after it."""
+        return int(max(self.order - np.arange(self.total), default=0))
 
     @property
     def incomplete(self) -> int:
@@ -217,6 +226,7 @@ def scan(source: Source) -> Scan:
             damage = f"cannot be read to its end ({error.strerror})"
         tick = stream.time_base or Fraction(1)
         seconds = (container.duration or 0) / av.time_base
+        own_seconds = _own_seconds(container, stream)
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
 
     # A recording may end in the middle of a packet.
@@ -236,14 +246,17 @@ def scan(source: Source) -> Scan:
         damage = f"is damaged: packets are missing at {holes} {'places' if holes > 1 else 'place'}"
 
     end = float(max(packets.pts + packets.duration, default=0) * tick)
+    seconds = own_seconds or seconds
+    tolerance = 0.1 * seconds + 1  # for a longer audio track
+    if own_seconds:
+        # As in other formats two frames may be missing; a half one is for rounding.
+        tolerance = min(tolerance, 2.5 * float(_longest_step(packets) * tick))
     notes = []
     if is_mp4 and frames + hidden < promised:
         damage = f"is cut: {frames + hidden} of its {promised} frames are there"
     elif not is_mp4 and promised and promised != frames and not _is_spaced_out(packets, promised):
         notes.append(f"{source.name}: its header promises {promised} frames, {frames} are there")
-    elif not promised and end < 0.9 * seconds - 1:
-        # Matroska headers give a length but no frame count. The tolerance is for a longer audio
-        # track.
+    elif not promised and seconds - end > tolerance:
         notes.append(
             f"{source.name}: its header says {seconds:.1f} s, the frames end after {end:.1f} s"
         )
@@ -262,6 +275,28 @@ def scan(source: Source) -> Scan:
         damage,
         tuple(notes),
     )
+
+
+def _own_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Returns when the video itself should end by the file's header; 0 if that is not known.
+
+    Other formats have no such header, and FFmpeg estimates their length from what is there.
+    """
+    if container.format.name not in _TIMED:
+        return 0.0
+    whole = (container.duration or 0) / av.time_base
+    # A tag that FFmpeg and mkvmerge write: "00:01:02.500000000".
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if tag:
+        hours, minutes, seconds = map(float, tag.groups())
+        return min(3600 * hours + 60 * minutes + seconds, whole)  # copies may keep an old tag
+    return whole if len(container.streams) == 1 else 0.0
+
+
+def _longest_step(packets: Packets) -> int:
+    """Returns the longest time in ticks for which a frame is known to be on screen."""
+    steps = np.diff(np.sort(packets.pts))
+    return int(max(steps.max(initial=0), packets.duration.max(initial=0)))
 
 
 def _presentation_order(packets: Packets) -> Iterator[int]:

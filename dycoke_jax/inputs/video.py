@@ -23,8 +23,8 @@ from dycoke_jax.inputs.container import (
     find_source,
     folder_of,
 )
-from dycoke_jax.inputs.damage import check_decoded, refuse_or_note
-from dycoke_jax.inputs.decoding import decode_all, pick_in_order
+from dycoke_jax.inputs.damage import check_decoded, lost_packets, refuse_or_note
+from dycoke_jax.inputs.decoding import MOST_REORDERED, Decoded, decode_all, pick_in_order
 from dycoke_jax.inputs.limits import DecodingLimits, Watch
 from dycoke_jax.inputs.pictures import (
     is_picture,
@@ -118,16 +118,15 @@ def _read_source(
             notes += timeline.notes(source.name)
             return Clip(frames, times, timeline.duration, tuple(notes))
 
-    decoded = decode_all(source, len(found.packets), progress)
-    checked = check_decoded(source, found, decoded, allow_damaged, notes)
-    timeline = checked.timeline
+    decoded = _decode_all(source, found, progress)
+    timeline = check_decoded(source, found, decoded, allow_damaged, notes)
     indices, times = choose_frames(timeline, sampling)
     picked = pick_in_order(
         source,
         indices,
         size,
         packets=len(found.packets),
-        threads=checked.threads,
+        threads=decoded.threads,
         progress=progress,
     )
     if picked.missing:
@@ -200,14 +199,35 @@ def _pick(
         frames = pick_by_seeking(source, found, stretches, size, progress)
         if frames is not None:
             return frames[rows]
-    picked = pick_in_order(
-        source,
-        indices,
-        size,
-        packets=len(found.packets),
-        pts=found.pts.tolist() if found.has_pts else None,
-        progress=progress,
-    )
+    for threads in (True, False):
+        if threads and found.reordering > MOST_REORDERED:
+            continue
+        picked = pick_in_order(
+            source,
+            indices,
+            size,
+            packets=len(found.packets),
+            pts=found.pts.tolist() if found.has_pts else None,
+            threads=threads,
+            stop_at_fault=True,
+            progress=progress,
+        )
+        if not picked.faults:
+            break  # threads also find faults behind the last chosen frame, which are none
     if picked.faults or picked.missing or not picked.as_expected:
         return None
     return picked.frames
+
+
+def _decode_all(source: Source, found: Scan, progress: Progress | None) -> Decoded:
+    """Decodes all frames, in a single thread if anything is wrong with them.
+
+    Several threads lose frames next to a fault, and at the end of a file also the fault, which then
+    is seen by the frames that are missing.
+    """
+    packets = len(found.packets)
+    if found.reordering <= MOST_REORDERED:
+        decoded = decode_all(source, packets, threads=True, progress=progress)
+        if not decoded.faults and not lost_packets(found, decoded):
+            return decoded
+    return decode_all(source, packets, threads=False, progress=progress)
