@@ -1,5 +1,8 @@
 """Evaluation: what baselines keep, how answers are judged, and clips as files."""
 
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +11,20 @@ from support.tiny import tiny_model
 
 from dycoke_jax import DyCoke, DycokeError
 from dycoke_jax.compression.baselines import RandomTokens, WholeFrames
+from dycoke_jax.compression.methods import parse_compression
 from dycoke_jax.compression.protocol import Compressor
 from dycoke_jax.compression.ttm import TokenMerging
+from dycoke_jax.config import TINY, LlavaConfig
+from dycoke_jax.engine.requests import Answer, Piece, Seconds, TokenCounts, failure
+from dycoke_jax.errors import VideoError
+from dycoke_jax.evaluation import accuracy
 from dycoke_jax.evaluation.accuracy import Tally, evaluate
 from dycoke_jax.inputs import FrameSampling
 from dycoke_jax.inputs.frames import resize
 from dycoke_jax.inputs.video import read_clip
 from dycoke_jax.tasks.clip_files import write_clip
 from dycoke_jax.tasks.pictures import draw
+from dycoke_jax.tasks.scenes import SceneSettings
 from dycoke_jax.tasks.task import task_clip
 
 
@@ -107,6 +116,85 @@ def test_files_show_what_was_drawn(tmp_path):
     assert abs(clip.frames - small).mean() < 4
 
 
+WHOLE = TokenCounts(300, 256, 256, 1, (256, 256), 0, 3)
+
+
+@dataclass
+class StandIn:
+    """A model that answers nothing right, with these counts, and notes what it is asked."""
+
+    tokens: TokenCounts
+    config: LlavaConfig = TINY
+    asked: list = field(default_factory=list)
+    failure: Exception | None = None
+
+    def run(self, requests, **settings):
+        for index, request in enumerate(requests):
+            self.asked.append(request)
+            if self.failure:
+                yield failure(index, self.failure)
+            else:
+                yield Piece(index, "", Answer("", (1, 2), "stop", self.tokens, Seconds()))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_sampled_frames_are_spread_evenly_over_the_clip():
+    clip = task_clip("test", 5, SceneSettings(40))
+    model = StandIn(WHOLE)
+    evaluate(model, [clip], "some", None, frames=14)
+    # Every third frame of 0..39.
+    wanted = draw(clip.scene, 64)[::3]
+    assert len(model.asked) == len(clip.questions)
+    for request in model.asked:
+        np.testing.assert_array_equal(request.video, wanted)
+    with_files = StandIn(WHOLE)
+    evaluate(with_files, [clip], "some", None, frames=14, through_files=True)
+    assert {request.sampling for request in with_files.asked} == {FrameSampling(14)}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_clips_are_drawn_once_and_questions_of_a_kind_follow_each_other(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        accuracy, "draw", lambda scene, size: drawn.append(scene.seed) or draw(scene, size)
+    )
+    clips = [task_clip("test", number) for number in range(5)]
+    model = StandIn(WHOLE)
+    result = evaluate(model, clips, "some", None, batch_size=2)
+    assert sorted(drawn) == sorted(clip.scene.seed for clip in clips)
+    questions = {question.text: question.kind for clip in clips for question in clip.questions}
+    kinds = [questions[request.prompt] for request in model.asked]
+    assert result.whole.asked == len(kinds) == sum(len(clip.questions) for clip in clips)
+    # Two clips, two clips and one clip.
+    changes = sum(a != b for a, b in pairwise(kinds))
+    assert changes <= 3 * len(set(kinds)) - 1
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("method", "attended", "read"),
+    [
+        pytest.param("none", 256, 256, id="plain"),
+        # Layers 0 and 1 read 256 of the tokens, layers 2 to 5 what goes on.
+        pytest.param("fastv(layer=2, r=0.75)", 64, 128, id="inside prefill"),
+        pytest.param("fastv(layer=2, r=0.75)", 256, 256, id="counted and not computed"),
+        pytest.param("fastv(layer=2, r=0.75)+dycoke-kv", 20, 128, id="with a pruned cache"),
+    ],
+)
+def test_what_layers_read_is_counted_as_their_mean(method, attended, read):
+    tokens = TokenCounts(300, 256, 256, 1, (attended, attended), 0, 3)
+    model = StandIn(tokens)
+    result = evaluate(model, [task_clip("test", 0)], "some", parse_compression(method))
+    assert (result.visual, result.merged) == (256, 256)
+    assert (result.read, result.attended) == (read, attended)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_clip_that_cannot_be_read_ends_the_evaluation():
+    with pytest.raises(VideoError, match="no clip"):
+        evaluate(StandIn(WHOLE, failure=VideoError("no clip")), [task_clip("test", 0)], "a", None)
+
+
 @pytest.mark.slow
 def test_answers_are_judged_by_the_known_ones(monkeypatch):
     """A model that knows the answers scores all; one that gets half of a kind wrong, half."""
@@ -119,16 +207,16 @@ def test_answers_are_judged_by_the_known_ones(monkeypatch):
     assert result.attended == pytest.approx(33)
 
     known = {question.text: question.answer for question in clips[0].questions}
-    generate = model.generate
+    run = model.run
 
-    def knowing(videos, prompts, **settings):
-        from dataclasses import replace
+    def knowing(requests, **settings):
+        asked = []
+        requests = (asked.append(request.prompt) or request for request in requests)
+        for piece in run(requests, **settings):
+            text = known.get(asked[piece.index], "no idea")
+            yield replace(piece, answer=replace(piece.answer, text=f" {text}\n"))
 
-        answers = generate(videos, prompts, **settings)
-        texts = (known.get(prompt, "no idea") for prompt in prompts)
-        return [replace(a, text=f" {text}\n") for a, text in zip(answers, texts, strict=True)]
-
-    monkeypatch.setattr(model, "generate", knowing)
+    monkeypatch.setattr(model, "run", knowing)
     result = evaluate(model, clips[:1], "knows", None, batch_size=8)
     assert result.whole.accuracy == 1
     known["Name the colours in order of appearance."] = "red"

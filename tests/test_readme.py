@@ -22,7 +22,10 @@ PAGES = (
     DOCS / "jobs.md",
     *(
         DOCS / f"{name}.md"
-        for name in ("architecture", "evaluation", "performance", "serving", "training", "videos")
+        for name in (
+            *("architecture", "evaluation", "methods", "performance", "serving", "training"),
+            "videos",
+        )
     ),
 )
 

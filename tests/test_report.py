@@ -20,7 +20,7 @@ BLIND = dict.fromkeys(KINDS, 0.25)
 
 
 def result(name, right, merged=112.0):
-    made = Result(name, visual=256.0, merged=merged, attended=33.5)
+    made = Result(name, visual=256.0, merged=merged, read=merged, attended=33.5)
     for kind in KINDS:
         made.kinds[kind].right, made.kinds[kind].asked = right, 40
     return made
@@ -89,7 +89,8 @@ def test_settings_that_are_texts_are_lines_of_their_own():
 
 def test_plot_is_a_picture(tmp_path):
     results = [result("full", 38, 256), result("paper K=0.5", 37), result("paper K=0.7", 36, 90)]
-    report.plot(results, tmp_path / "plot.png")
+    names = [one.name for one in results]
+    report.plot(results, tmp_path / "plot.png", report.sweeps(names))
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 500
 
@@ -119,6 +120,85 @@ def test_compress_says_what_is_compared_with_the_plain_model(tmp_path, monkeypat
         assert says in err
         assert err.count("\n") == 1
     assert asked == compared
+
+
+def test_rows_stand_below_their_headings_and_notes_below_the_table():
+    results = [result("full", 38), result("a(b=1)", 30), result("c", 29), result("a(b=2)", 20)]
+    headings = {"full": "", "a(b=1)": "50 %", "c": "50 %", "a(b=2)": "25 %"}
+    console = Console(width=report.WIDTH, record=True, file=StringIO())
+    console.print(report.table(results, BLIND, headings, ["c is left out at 25 %."]))
+    lines = console.export_text().splitlines()
+    first = [line.split()[1] for line in lines if line.startswith("│")]
+    assert first == ["full", "50", "a(b=1)", "c", "25", "a(b=2)", "blind"]
+    assert lines[-1].strip() == "c is left out at 25 %."
+
+
+def test_more_frames_are_compared_on_longer_clips(tmp_path, monkeypatch):
+    """The number of sampled frames is that of the setting, and a second call repeats nothing."""
+    asked = {}
+
+    def evaluate(model, clips, name, compression, **settings):
+        assert {clip.scene.frames for clip in clips} == {64}
+        assert name not in asked
+        asked[name] = settings["frames"]
+        return result(name, 20)
+
+    monkeypatch.setattr(accuracy, "evaluate", evaluate)
+    ask = ("eval", tmp_path / "r.json", "--clips", 4, "--settings", "more-frames")
+    ask = (*ask, "--frames", 16, "--clip-frames", 64)
+    plot = tmp_path / "plot.png"
+    code, out, err = run_main(*ask, "--plot", plot)
+    assert (code, err) == (0, "")
+    assert next(iter(asked)) == "16 frames"
+    assert {name: frames for name, frames in asked.items() if "evs" in name} == {
+        "32 frames, evs(budget=0.5)": 32,
+        "32 frames, evs(budget=0.5, first_frame=budget)": 32,
+        "64 frames, evs(budget=0.25)": 64,
+        "64 frames, evs(budget=0.25, first_frame=budget)": 64,
+    }
+    assert "32 frames at 50 %" in out
+    assert "…" not in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run_main(*ask, "--json")
+    saved = json.loads(out)
+    assert (code, saved["settings"].keys()) == (0, asked.keys())
+    assert saved["evaluation"]["frames"] == 64
+    assert "sampled" not in saved["evaluation"]
+
+
+def test_frames_that_are_sampled_of_longer_clips_are_part_of_the_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "evaluate", lambda model, clips, name, *_, **__: result(name, 9))
+    ask = ("eval", tmp_path / "r.json", "--clips", 1, "--compress", "evs", "--clip-frames", 32)
+    code, out, _ = run_main(*ask, "--json")
+    assert code == 0
+    described = json.loads(out)["evaluation"]
+    assert (described["frames"], described["sampled"]) == (32, 16)
+    code, _, err = run_main(*ask, "--frames", 8)
+    assert code == 2
+    assert "another evaluation (sampled)" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        pytest.param(["--frames", 0], "--frames is 0; it must be at least 1", id="none"),
+        pytest.param(
+            ["--frames", 16, "--clip-frames", 9],
+            "--frames 16 samples more frames than clips of --clip-frames 9 have",
+            id="too many",
+        ),
+        pytest.param(
+            ["--settings", "more-frames", "--clip-frames", 31],
+            "clips of 31 frames have no room for more frames than 16; they need 32 at least",
+            id="too short",
+        ),
+    ],
+)
+def test_frames_that_cannot_be_sampled_are_an_error_in_one_line(options, says, tmp_path):
+    code, out, err = run_main("eval", tmp_path / "r.json", "--clips", 1, *options)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.slow

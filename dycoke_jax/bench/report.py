@@ -67,7 +67,7 @@ def times(results: Results) -> Table:
     for row in results.rows:
         counts, compiled = row.counts, row.compiled
         medians = {name: stage.spread.median for name, stage in row.stages.items()}
-        share = "" if row.of_saved is None else f"{_digits(100 * row.of_saved.median)} %"
+        share = "" if row.of_saved is None else f"{_digits(100 * row.of_saved)} %"
         table.add_row(
             *_names(row),
             "" if counts is None else f"{counts.merged:,} of {counts.visual:,}",

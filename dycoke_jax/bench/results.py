@@ -46,9 +46,9 @@ class Row:
         same_ids: of the plain model, how many of the generated tokens equal those of transformers
             up to the first that differs in each request, and how many there are; None where they
             were not compared.
-        of_saved: time of the token stage as a share of the time of prefill that it saves, as median
-            and quartiles of the ratios of rounds; None if one of them was not timed, if the plain
-            model was not run, or if a round saved nothing.
+        of_saved: time of the token stage as a share of the time of prefill that is saved, by
+            medians; None if one of them was not timed, if the plain model was not run, or if
+            nothing is saved.
     """
 
     combination: Combination
@@ -57,7 +57,7 @@ class Row:
     compiled: Compilations
     peak: Peak | None
     same_ids: tuple[int, int] | None
-    of_saved: Spread | None = None
+    of_saved: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,17 @@ def row(
         measured.compiled,
         measured.peak,
         same if work.combination.compression is None else None,
-        None if plain is None else _of_saved(measured.seconds, plain.seconds),
+        None if plain is None else _of_saved(stages, plain.seconds),
     )
 
 
-def _of_saved(
-    seconds: Mapping[str, Sequence[float]], plain: Mapping[str, Sequence[float]]
-) -> Spread | None:
+def _of_saved(stages: Mapping[str, Stage], plain: Mapping[str, Sequence[float]]) -> float | None:
     """``Row.of_saved``. Prefill begins with the token stage, which counts as cost and not there."""
-    if not {"token stage", "prefill"} <= seconds.keys() or "prefill" not in plain:
+    if not {"token stage", "prefill"} <= stages.keys() or "prefill" not in plain:
         return None
-    of_rounds = zip(seconds["token stage"], seconds["prefill"], plain["prefill"], strict=True)
-    parts = [(stage, without - (prefill - stage)) for stage, prefill, without in of_rounds]
-    if any(saved <= 0 for _, saved in parts):
-        return None
-    return spread([stage / saved for stage, saved in parts])
+    stage, prefill = stages["token stage"].spread.median, stages["prefill"].spread.median
+    saved = spread(plain["prefill"]).median - (prefill - stage)
+    return stage / saved if saved > 0 else None
 
 
 def theirs_of(combination: Combination, measured: Measured) -> Theirs:

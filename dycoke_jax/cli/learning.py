@@ -1,12 +1,14 @@
 """The commands that train and evaluate models: train, train-tiny, eval."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from dycoke_jax.checks import whole_number
 from dycoke_jax.cli.app import new_app
 from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import FORM
@@ -15,7 +17,18 @@ from dycoke_jax.cli.loading import Fsdp, MeshSizes
 from dycoke_jax.cli.options import GIVEN, Options, with_settings
 from dycoke_jax.compression.methods import parse_compression
 from dycoke_jax.compression.protocol import Compressor
+from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
+from dycoke_jax.evaluation.settings import (
+    FULL,
+    HEADLINES,
+    LONGER,
+    SWEEPS,
+    Comparison,
+    methods,
+    more_frames,
+    of_names,
+)
 from dycoke_jax.files import check_writable
 from dycoke_jax.inputs import FrameSampling
 from dycoke_jax.training.fine_tuning import FineTuning, fine_tune
@@ -147,10 +160,12 @@ def evaluate(
         typer.Option(help="Number of held-out clips, at least 1; each has about nine questions."),
     ] = 1000,
     settings: Annotated[
-        Literal["headlines", "all"],
+        Literal["headlines", "all", "methods", "more-frames"],
         typer.Option(
             help="Compression settings to compare. headlines: none, DyCoke, random tokens and "
-            "whole frames. all: more values of each setting as well."
+            "whole frames. all: more values of each setting as well. methods: all methods at 50, "
+            "25, 15, 10 and 5 % of the visual tokens. more-frames: --frames whole frames against "
+            "2, 4, 8 .. times as many for as many visual tokens, by all methods."
         ),
     ] = "headlines",
     compress: Annotated[
@@ -160,7 +175,16 @@ def evaluate(
             f"--settings; it may be given several times. {FORM}"
         ),
     ] = None,
-    frames: Annotated[int, typer.Option(help="Number of frames of a clip: 1, or at least 9.")] = 16,
+    frames: Annotated[
+        int, typer.Option(help="Number of frames that are sampled of a clip, spread evenly.")
+    ] = 16,
+    clip_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of frames of a clip: 1, or at least 9. Default: as many as are sampled; "
+            f"with --settings more-frames {LONGER} times as many."
+        ),
+    ] = None,
     through_files: Annotated[
         bool,
         typer.Option(
@@ -185,7 +209,6 @@ def evaluate(
     from dycoke_jax.checkpoint import open_checkpoint
     from dycoke_jax.checkpoint.fingerprint import fingerprint
     from dycoke_jax.evaluation import accuracy, report
-    from dycoke_jax.evaluation.settings import FULL, HEADLINES, SWEEPS
     from dycoke_jax.llava_video import LlavaVideo
     from dycoke_jax.tasks.questions import blind_score
     from dycoke_jax.tasks.scenes import SceneSettings
@@ -193,55 +216,87 @@ def evaluate(
 
     if clips < 1:
         raise ConfigError(f"clips is {clips}; it must be at least 1")
+    frames = whole_number("--frames", frames, 1)
     check_writable(results)
     if plot is not None:
         check_writable(plot)
         report.check_plot()
-    compared: dict[str, Compressor | None] = {FULL: None}
-    if compress is None:
-        compared = HEADLINES if settings == "headlines" else HEADLINES | SWEEPS
-    elif "settings" in given:
+    if compress is not None and "settings" in given:
         raise ConfigError(
             "--compress and --settings both choose what is compared; give one of them"
         )
-    else:
-        compared |= {text: parse_compression(text) for text in compress}
-    scenes = SceneSettings(frames)
-    task = [task_clip("test", MONITORED + number, scenes) for number in range(clips)]
-    blind = blind_score(question for clip in task for question in clip.questions)
+    if clip_frames is None:
+        clip_frames = LONGER * frames if settings == "more-frames" else frames
+    if clip_frames < frames:
+        raise ConfigError(
+            f"--frames {frames} samples more frames than clips of --clip-frames {clip_frames} have"
+        )
+    own = None if compress is None else {text: parse_compression(text) for text in compress}
     checkpoint = open_checkpoint(model or TINY)
     say_notes(checkpoint.notes)
-    for compression in compared.values():
-        if compression is not None:
-            compression.stages.check(checkpoint.config, frames)
+    compared = _compared(settings, own, checkpoint.config, frames, clip_frames)
+    for setting in compared.settings:
+        if setting.compression is not None:
+            setting.compression.stages.check(checkpoint.config, setting.frames)
+    scenes = SceneSettings(clip_frames)
+    task = [task_clip("test", MONITORED + number, scenes) for number in range(clips)]
+    blind = blind_score(question for clip in task for question in clip.questions)
     with progress_bars() as progress:
         llava = LlavaVideo.from_checkpoint(checkpoint, progress=progress)
         described = {
             "model": fingerprint(llava.params),
             "clips": clips,
-            "frames": frames,
+            "frames": clip_frames,
             "through_files": through_files,
         }
+        if settings != "more-frames" and frames != clip_frames:
+            described["sampled"] = frames  # else the names of the settings say it
         done = report.read(results, described)
-        for number, (name, compression) in enumerate(compared.items()):
-            progress("settings", number, len(compared))
-            if name not in done:
-                done[name] = accuracy.evaluate(
+        for number, setting in enumerate(compared.settings):
+            progress("settings", number, len(compared.settings))
+            if setting.name not in done:
+                done[setting.name] = accuracy.evaluate(
                     llava,
                     task,
-                    name,
-                    compression,
+                    setting.name,
+                    setting.compression,
+                    frames=setting.frames,
                     through_files=through_files,
                     batch_size=batch_size,
                     progress=progress,
                 )
                 report.write(results, described, done, blind)
-    selected = [done[name] for name in compared]
+    selected = [done[setting.name] for setting in compared.settings]
     if plot is not None:
-        report.plot(selected, plot)
+        of_settings = {setting.name: setting.frames for setting in compared.settings}
+        differ = len(set(of_settings.values())) > 1
+        lines = report.lines_of(compared)
+        report.plot(selected, plot, lines, of_settings if differ else None)
     if as_json:
         print(json.dumps(report.everything(described, done, blind)))
         return
     console = Console(highlight=False)
     console.width = max(console.width, report.WIDTH)
-    console.print(report.table(selected, blind))
+    headings = {setting.name: setting.group for setting in compared.settings}
+    console.print(report.table(selected, blind, headings, compared.left_out))
+
+
+def _compared(
+    settings: str,
+    own: Mapping[str, Compressor | None] | None,
+    config: LlavaConfig,
+    frames: int,
+    clip_frames: int,
+) -> Comparison:
+    """What the options of ``eval`` choose; ``own`` are the methods of ``--compress``."""
+    if own is not None:
+        return of_names({FULL: None, **own}, frames)
+    match settings:
+        case "methods":
+            return methods(config, frames)
+        case "more-frames":
+            return more_frames(config, frames, clip_frames)
+        case "all":
+            return of_names(HEADLINES | SWEEPS, frames)
+        case _:
+            return of_names(HEADLINES, frames)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from io import BytesIO
@@ -14,12 +14,17 @@ from rich.table import Table
 
 from dycoke_jax.errors import ConfigError, OutputError
 from dycoke_jax.evaluation.accuracy import Result, Tally
+from dycoke_jax.evaluation.settings import Comparison
 from dycoke_jax.files import write_file
 from dycoke_jax.tasks.questions import KINDS
 
 _PARAMETER = re.compile(r"[A-Z]=[^=]+")
-WIDTH = 170
+WIDTH = 210
 """Width that the table of ``table`` needs, in characters."""
+_COLOURS = 10
+"""Lines of a plot that matplotlib gives different colours."""
+_MARKERS = "os^D"
+"""Markers of the first so many lines, and of those that have the same colours again."""
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -30,6 +35,7 @@ def as_json(result: Result) -> dict[str, Any]:
     return {
         "visual": result.visual,
         "merged": result.merged,
+        "read": result.read,
         "attended": result.attended,
         "all": _scores(result.whole),
         "kinds": {kind: _scores(tally) for kind, tally in sorted(result.kinds.items())},
@@ -39,7 +45,7 @@ def as_json(result: Result) -> dict[str, Any]:
 def from_json(name: str, entry: Mapping[str, Any]) -> Result:
     """The result of the setting ``name`` from the values that ``as_json`` returned."""
     result = Result(name, visual=entry["visual"], merged=entry["merged"])
-    result.attended = entry["attended"]
+    result.read, result.attended = entry["read"], entry["attended"]
     for kind, scores in entry["kinds"].items():
         result.kinds[kind] = Tally(scores["right"], scores["asked"])
     return result
@@ -110,7 +116,12 @@ def everything(
     return {"evaluation": described, "settings": settings, "blind": blind}
 
 
-def table(results: Sequence[Result], blind: Mapping[str, float]) -> Table:
+def table(
+    results: Sequence[Result],
+    blind: Mapping[str, float],
+    headings: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Table:
     """A table of accuracies in per cent: a row for each setting, and one for the blind guess.
 
     The cell of a kind of question is empty if no question of that kind was asked.
@@ -118,17 +129,25 @@ def table(results: Sequence[Result], blind: Mapping[str, float]) -> Table:
     Args:
         results: at least one result; column "lost" compares the others with the first.
         blind: share of right answers of the best guess without the clip, by kind of question.
+        headings: headings above settings by their names; rows of one heading follow each other.
+        notes: lines below the table.
     """
-    rows = Table()
+    rows = Table(caption="\n".join(notes) or None, caption_justify="left")
     rows.add_column("setting", no_wrap=True)
-    for column in ("tokens", "attended", "all", "95 %", "lost", *KINDS):
+    for column in ("tokens", "read", "attended", "all", "95 %", "lost", *KINDS):
         rows.add_column(column, justify="right", no_wrap=True)
-    full = results[0].whole.accuracy
+    full, heading = results[0].whole.accuracy, ""
     for result in results:
         whole, (low, high) = result.whole, result.whole.interval
+        above = (headings or {}).get(result.name, "")
+        if above != heading:
+            heading = above
+            rows.add_section()
+            rows.add_row(heading, style="bold")
         rows.add_row(
             result.name,
             f"{result.merged:.0f}",
+            f"{result.read:.0f}",
             f"{result.attended:.0f}",
             f"{100 * whole.accuracy:.1f}",
             f"{100 * low:.1f}-{100 * high:.1f}",
@@ -141,7 +160,8 @@ def table(results: Sequence[Result], blind: Mapping[str, float]) -> Table:
     asked = {kind: tally.asked for kind, tally in results[0].kinds.items()}
     whole_blind = sum(blind[kind] * count for kind, count in asked.items()) / sum(asked.values())
     chance = (_percent(blind[kind]) if kind in blind else "" for kind in KINDS)
-    rows.add_row("blind guess", "0", "0", f"{100 * whole_blind:.1f}", "", "", *chance)
+    rows.add_section()
+    rows.add_row("blind guess", "0", "0", "0", f"{100 * whole_blind:.1f}", "", "", *chance)
     return rows
 
 
@@ -159,15 +179,22 @@ def check_plot() -> None:
         raise ConfigError('the plot needs matplotlib: pip install "dycoke_jax[plot]"')
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
+def plot(
+    results: Sequence[Result],
+    path: Path,
+    lines: Mapping[str, Sequence[str]],
+    frames: Mapping[str, int] | None = None,
+) -> None:
     """Draws accuracy against numbers of visual tokens, and writes the plot as a PNG file.
 
-    The left part has the tokens that enter the language model, the right part those that the pruned
-    layers attend to in a decode step.
+    The left part has the tokens that a layer reads in prefill, the right part those that the pruned
+    layers attend to in a decode step. With ``frames`` there is one part, against their numbers.
 
     Args:
         results: results with different names.
         path: the file to write.
+        lines: the settings of each line, by its label.
+        frames: number of frames that each setting samples, where they differ.
 
     Raises:
         ConfigError: if matplotlib is not installed.
@@ -176,27 +203,48 @@ def plot(results: Sequence[Result], path: Path) -> None:
     check_plot()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    axes_of: dict[str, Callable[[Result], float]] = {
+        "visual tokens that a layer reads in prefill (mean)": lambda result: result.read,
+        "visual tokens attended to per decode step (mean)": lambda result: result.attended,
+    }
+    if frames is not None:
+        axes_of = {"frames sampled of a clip": lambda result: frames[result.name]}
+    figure = Figure(figsize=(3 + 5 * len(axes_of), 4.5), layout="constrained")
+    parts = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
     by_name = {result.name: result for result in results}
-    for name, names in sweeps(list(by_name)).items():
-        members = [by_name[member] for member in names]
-        for axes, of_result in ((left, _merged), (right, _attended)):
-            ordered = sorted(members, key=of_result)
+    for part, (title, of_result) in zip(parts, axes_of.items(), strict=True):
+        for number, (label, names) in enumerate(lines.items()):
+            ordered = sorted((by_name[name] for name in names), key=of_result)
             x = [of_result(result) for result in ordered]
             y = [100 * result.whole.accuracy for result in ordered]
             ends = [[100 * end for end in result.whole.interval] for result in ordered]
             below = [y_ - low for y_, (low, _) in zip(y, ends, strict=True)]
             above = [high - y_ for y_, (_, high) in zip(y, ends, strict=True)]
-            axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, label=name)
-    left.set(xlabel="visual tokens that enter the language model", ylabel="right answers, %")
-    right.set(xlabel="visual tokens attended to per decode step (mean)")
-    right.legend(fontsize="small")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+            marker = _MARKERS[number // _COLOURS % len(_MARKERS)]
+            part.errorbar(x, y, yerr=[below, above], marker=marker, capsize=2, label=label)
+        part.set(xlabel=title)
+        part.grid(alpha=0.3)
+    parts[0].set(ylabel="right answers, %")
+    labels = parts[-1].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside right upper", fontsize="small")
     png = BytesIO()
     figure.savefig(png, format="png", dpi=120)
     write_file(path, png.getvalue())
+
+
+def lines_of(comparison: Comparison) -> dict[str, list[str]]:
+    """The lines of the plot: the names of the settings of each method, by its label.
+
+    Where the number of frames differs, each line begins at the first setting, of whole frames.
+    """
+    if not any(setting.method for setting in comparison.settings):
+        return sweeps([setting.name for setting in comparison.settings])
+    first, *others = comparison.settings
+    start = [first.name] if any(one.frames != first.frames for one in others) else []
+    lines = {} if start else {first.name: [first.name]}
+    for setting in others:
+        lines.setdefault(setting.method, [*start]).append(setting.name)
+    return lines
 
 
 def sweeps(names: Sequence[str]) -> dict[str, list[str]]:
@@ -237,11 +285,3 @@ def sweeps(names: Sequence[str]) -> dict[str, list[str]]:
                 if all(of_name.get(x) == usual[x] for x in letters if x != changed)
             ]
     return lines
-
-
-def _merged(result: Result) -> float:
-    return result.merged
-
-
-def _attended(result: Result) -> float:
-    return result.attended

@@ -1,5 +1,6 @@
 """The compression settings that an evaluation compares: DyCoke, its parts, and other methods."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -177,24 +178,31 @@ def _texts(config: LlavaConfig, frames: int, budget: float) -> dict[str, str]:
     """The setting of each method, as text, with which it reads as much as the budget allows."""
     most = share_of(frames * config.tokens_per_frame, budget)
     texts = {method: form.format(budget) for method, form in _BY_BUDGET.items()}
-    for method, candidates in _candidates(config).items():
-        fitting = (text for text in candidates if _read(config, frames, text) <= most)
-        text = next(fitting, None)
-        if text is not None:
-            texts[method] = text
+    for method, scales in _scales(config).items():
+        for scale in scales:
+            place = bisect_left(
+                scale, Fraction(-most), key=lambda text: -_read(config, frames, text)
+            )
+            if place < len(scale):
+                texts[method] = scale[place]
+                break
     return texts
 
 
-def _candidates(config: LlavaConfig) -> dict[str, list[str]]:
-    """Settings of methods that have no budget in this sense, from those that read most to least."""
+def _scales(config: LlavaConfig) -> dict[str, list[list[str]]]:
+    """Settings of the methods that have no budget in this sense.
+
+    Each list is in the order of what its settings read, from most to least; the first list of a
+    method in which a setting reads little enough is used.
+    """
     layers = config.text.num_layers
     merge = max(1, layers * 18 // 28)  # the authors' layer of a model of 28 layers
     first = (2, 1) if layers > 2 else (1,)  # the paper's layer if it can be
     shares = [number / 200 for number in range(200)]
     return {
-        "holitom": [f"holitom(budget={n / 1000}, layer={merge})" for n in range(1000, 0, -1)],
-        "dycoke": [f"dycoke(k={k}, p=0)" for k in shares],
-        "fastv": [f"fastv(layer={layer}, r={r})" for layer in first for r in shares],
+        "holitom": [[f"holitom(budget={n / 1000}, layer={merge})" for n in range(1000, 0, -1)]],
+        "dycoke": [[f"dycoke(k={k}, p=0)" for k in shares]],
+        "fastv": [[f"fastv(layer={layer}, r={r})" for r in shares] for layer in first],
     }
 
 
@@ -208,11 +216,11 @@ def _read(config: LlavaConfig, frames: int, text: str) -> Fraction:
 
 
 def _least(config: LlavaConfig, frames: int) -> dict[str, Fraction]:
-    """The smallest share of the visual tokens that each method of ``_candidates`` can read."""
+    """The smallest share of the visual tokens that each method of ``_scales`` can read."""
     visual = frames * config.tokens_per_frame
     return {
-        method: _read(config, frames, texts[-1]) / visual
-        for method, texts in _candidates(config).items()
+        method: _read(config, frames, scales[-1][-1]) / visual
+        for method, scales in _scales(config).items()
     }
 
 
