@@ -196,8 +196,13 @@ def programs(work: Workload, device: jax.Device, mesh: Mesh | None) -> Programs:
     if mesh is None:
         state = on_rows(state)
     else:
-        # The compiler says how a state lies that is constrained as prefill does it.
-        spread = jax.jit(lambda state: spread_on(state, mesh)).lower(state).compile()
+        # The compiler says how a state lies that is constrained as prefill does it. It lies alike
+        # for one row a replica, for which there is always room.
+        few = jax.tree.map(
+            lambda x: shape((shards, *x.shape[1:]) if x.shape[:1] == (rows,) else x.shape, x.dtype),
+            state,
+        )
+        spread = jax.jit(lambda state: spread_on(state, mesh)).lower(few).compile()
         state = jax.tree.map(
             lambda x, sharding: shape(x.shape, x.dtype, sharding=sharding),
             state,
