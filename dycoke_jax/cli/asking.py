@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dycoke_jax.cli.app import new_app
+from dycoke_jax.cli.clips import AllowDamaged
 from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import Compress, NoDycoke, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
@@ -67,14 +68,7 @@ def generate(
     mesh: MeshSizes = None,
     fsdp: Fsdp = False,
     hosts: Annotated[Hosts, Options(_HOSTS)],
-    allow_damaged: Annotated[
-        bool,
-        typer.Option(
-            "--allow-damaged",
-            help="Use the frames of a damaged clip that can be decoded, instead of refusing it.",
-            rich_help_panel=_CLIP,
-        ),
-    ] = False,
+    allow_damaged: AllowDamaged = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object.")
     ] = False,

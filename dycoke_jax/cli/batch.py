@@ -12,6 +12,7 @@ import typer
 
 from dycoke_jax import checks
 from dycoke_jax.cli.app import new_app
+from dycoke_jax.cli.clips import AllowDamaged
 from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import Compress, NoDycoke, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
@@ -107,14 +108,7 @@ def batch(
         ),
     ] = False,
     sampling: Annotated[FrameSampling, Options(_CLIP)],
-    allow_damaged: Annotated[
-        bool,
-        typer.Option(
-            "--allow-damaged",
-            help="Use the frames of damaged clips that can be decoded, instead of refusing them.",
-            rich_help_panel=_CLIP,
-        ),
-    ] = False,
+    allow_damaged: AllowDamaged = False,
     limits: Annotated[DecodingLimits, Options(_CLIP, prefix="clip_")],
     dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
     no_dycoke: NoDycoke = False,

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from dycoke_jax.cli.app import new_app
+from dycoke_jax.cli.clips import AllowDamaged
 from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import FORM
 from dycoke_jax.cli.console import progress_bars, say, say_notes
@@ -47,14 +48,7 @@ def inspect(
     ] = None,
     pool_mode: Pooling = None,
     sampling: Annotated[FrameSampling, Options(_CLIP)],
-    allow_damaged: Annotated[
-        bool,
-        typer.Option(
-            "--allow-damaged",
-            help="Use the frames of a damaged clip that can be decoded, instead of refusing it.",
-            rich_help_panel=_CLIP,
-        ),
-    ] = False,
+    allow_damaged: AllowDamaged = False,
     compress: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dycoke_jax.cli.app import new_app
+from dycoke_jax.cli.clips import AllowDamaged
 from dycoke_jax.cli.compilation import compiles
 from dycoke_jax.cli.compress import Compress, NoDycoke, chosen
 from dycoke_jax.cli.console import progress_bars, say, say_notes
@@ -69,14 +70,7 @@ def serve(
     ] = None,
     serving: Annotated[Serving, Options(_SERVER)],
     sampling: Annotated[FrameSampling, Options(_CLIP)],
-    allow_damaged: Annotated[
-        bool,
-        typer.Option(
-            "--allow-damaged",
-            help="Use the frames of damaged clips that can be decoded, instead of refusing them.",
-            rich_help_panel=_CLIP,
-        ),
-    ] = False,
+    allow_damaged: AllowDamaged = False,
     limits: Annotated[DecodingLimits, Options(_CLIP, prefix="clip_")] = _LIMITS,
     dycoke: Annotated[DyCoke, Options(_COMPRESSION)],
     no_dycoke: NoDycoke = False,
