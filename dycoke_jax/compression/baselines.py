@@ -14,15 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.checks import number, whole_number
 from dycoke_jax.compression.budget import check_budget, lookup, share_of
-from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.protocol import Rows, TokenStage
 from dycoke_jax.compression.ttm import TokenMerging
-from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.models.signals import Signal
 
 
 @dataclass(frozen=True)
-class RandomTokens:
+class RandomTokens(TokenStage):
     """Drops tokens at random places, which are the same in every clip of the same length.
 
     Attributes:
@@ -41,19 +39,6 @@ class RandomTokens:
     def __post_init__(self) -> None:
         _check_amount(self)
         object.__setattr__(self, "seed", whole_number("RandomTokens: seed", self.seed, 0))
-
-    @property
-    def signals(self) -> tuple[Signal, ...]:
-        """Nothing is looked at."""
-        return ()
-
-    @property
-    def stages(self) -> Compression:
-        """A token stage."""
-        return Compression(tokens=self)
-
-    def check(self, config: LlavaConfig, frames: int) -> None:
-        """Accepts every model and clip length."""
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget in tokens, or as many tokens as temporal token merging keeps."""
@@ -88,7 +73,7 @@ class RandomTokens:
 
 
 @dataclass(frozen=True)
-class WholeFrames:
+class WholeFrames(TokenStage):
     """Drops whole frames, so that the kept ones lie evenly over the clip.
 
     Attributes:
@@ -106,19 +91,6 @@ class WholeFrames:
 
     def __post_init__(self) -> None:
         _check_amount(self)
-
-    @property
-    def signals(self) -> tuple[Signal, ...]:
-        """Nothing is looked at."""
-        return ()
-
-    @property
-    def stages(self) -> Compression:
-        """A token stage."""
-        return Compression(tokens=self)
-
-    def check(self, config: LlavaConfig, frames: int) -> None:
-        """Accepts every model and clip length."""
 
     def kept_frames(self, frames: int, tokens: int) -> int:
         """Number of frames that are kept of a clip of this many."""

@@ -14,17 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from dycoke_jax.checks import choice, number
 from dycoke_jax.compression.budget import check_budget, lookup, share_of
-from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.protocol import Rows, TokenStage
 from dycoke_jax.compression.ranking import exact_k
 from dycoke_jax.compression.similarity import cosine
-from dycoke_jax.config import LlavaConfig
-from dycoke_jax.models.signals import Signal
 
 FirstFrame = Literal["whole", "budget"]
 
 
 @dataclass(frozen=True)
-class EVS:
+class EVS(TokenStage):
     """Keeps tokens of the first frame, and those that differ most from the frame before them.
 
     Each token is compared with the one at the same place in the frame before, kept or not, by
@@ -69,19 +67,6 @@ class EVS:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-
-    @property
-    def signals(self) -> tuple[Signal, ...]:
-        """The features alone are looked at."""
-        return ()
-
-    @property
-    def stages(self) -> Compression:
-        """A token stage."""
-        return Compression(tokens=self)
-
-    def check(self, config: LlavaConfig, frames: int) -> None:
-        """Accepts every model and clip length."""
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget of a clip in tokens, at least 1."""

@@ -6,7 +6,7 @@ which no code is used.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dycoke_jax.checks import choice, number, whole_number
 from dycoke_jax.compression.budget import check_budget, kept_of, lookup, share_of
 from dycoke_jax.compression.clustering import density_peaks
-from dycoke_jax.compression.protocol import Compression, Rows, check_layer
+from dycoke_jax.compression.protocol import Compression, Rows, TokenStage, check_layer
 from dycoke_jax.compression.ranking import rank_in_row
 from dycoke_jax.compression.similarity import cosine, most_similar
 from dycoke_jax.config import LlavaConfig
@@ -111,7 +111,7 @@ class HoliTom:
 
 
 @dataclass(frozen=True)
-class HoliTomTokens:
+class HoliTomTokens(TokenStage):
     """The part of ``HoliTom`` before the language model, as a token stage.
 
     Attributes:
@@ -124,16 +124,10 @@ class HoliTomTokens:
     threshold: float
     beta: float
 
-    signals: ClassVar[tuple[Signal, ...]] = (Signal("attention"),)
-    """What ranks dynamic tokens."""
-
     @property
-    def stages(self) -> Compression:
-        """This stage alone."""
-        return Compression(tokens=self)
-
-    def check(self, config: LlavaConfig, frames: int) -> None:
-        """Accepts every model and clip length."""
+    def signals(self) -> tuple[Signal, ...]:
+        """What ranks dynamic tokens."""
+        return (Signal("attention"),)
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget of a clip in tokens, at least 1."""

@@ -39,7 +39,9 @@ class Rows(NamedTuple):
 
 
 class _Stage(Protocol):
-    def __hash__(self) -> int: ...
+    def __hash__(self) -> int:
+        """By value, as of a frozen dataclass: programs are compiled for a stage."""
+        return object.__hash__(self)
 
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Refuses settings that cannot work on a model or clip length.
@@ -55,11 +57,25 @@ class _Stage(Protocol):
 
 @runtime_checkable
 class TokenStage(_Stage, Protocol):
-    """Selects or merges the visual tokens of a clip before the language model reads them."""
+    """Selects or merges the visual tokens of a clip before the language model reads them.
+
+    A class that derives from it is a compressor (``Compressor``) as it stands; it has to define
+    ``most_rows`` and ``select`` only.
+    """
 
     @property
     def signals(self) -> tuple[Signal, ...]:
-        """What the stage wants of the vision tower; nothing else is computed."""
+        """What the stage wants of the vision tower, by default nothing; no more is computed."""
+        return ()
+
+    @property
+    def stages(self) -> "Compression":
+        """This stage alone."""
+        return Compression(tokens=self)
+
+    def check(self, config: LlavaConfig, frames: int) -> None:
+        """Accepts every model and clip length, by default; see ``_Stage``."""
+        return
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The largest number of rows that go on (M).

@@ -9,17 +9,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dycoke_jax.compression.budget import kept_of
-from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.protocol import Rows, TokenStage
 from dycoke_jax.compression.similarity import cosine
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
-from dycoke_jax.models.signals import Signal
 
 Mode = Literal["paper", "official"]
 
 
 @dataclass(frozen=True)
-class TokenMerging:
+class TokenMerging(TokenStage):
     """Temporal token merging as a token stage (``protocol.TokenStage``); see ``select``.
 
     Attributes:
@@ -29,16 +28,6 @@ class TokenMerging:
 
     k: float
     mode: Mode = "paper"
-
-    @property
-    def signals(self) -> tuple[Signal, ...]:
-        """Merging reads the features alone."""
-        return ()
-
-    @property
-    def stages(self) -> Compression:
-        """Token merging alone."""
-        return Compression(tokens=self)
 
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Refuses models and clips on which the published code fails, in mode ``official``."""

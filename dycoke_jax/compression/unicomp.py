@@ -7,7 +7,7 @@ attention map. The steps are those of the paper and of github.com/TimeMarker-LLM
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.checks import number
 from dycoke_jax.compression.budget import check_budget, lookup, share_of
-from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.protocol import Rows, TokenStage
 from dycoke_jax.compression.similarity import ROUNDING, equal_pairs
-from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.signals import Signal
 
 
 @dataclass(frozen=True)
-class UniComp:
+class UniComp(TokenStage):
     """Fuses frames, shares the budget over them, and merges the alike tokens of each.
 
     The distance of two vectors is 1 minus their cosine similarity, in float32 throughout.
@@ -62,9 +61,6 @@ class UniComp:
     frame_threshold: float = 0.005
     token_threshold: float = 0.2
 
-    signals: ClassVar[tuple[Signal, ...]] = (Signal("keys"),)
-    """The keys of the last layer of the tower, by which tokens are compared."""
-
     def __post_init__(self) -> None:
         checked = {
             "budget": check_budget("UniComp", self.budget),
@@ -84,12 +80,9 @@ class UniComp:
             object.__setattr__(self, name, value)
 
     @property
-    def stages(self) -> Compression:
-        """A token stage."""
-        return Compression(tokens=self)
-
-    def check(self, config: LlavaConfig, frames: int) -> None:
-        """Accepts every model and clip length."""
+    def signals(self) -> tuple[Signal, ...]:
+        """The keys of the last layer of the tower, by which tokens are compared."""
+        return (Signal("keys"),)
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget of a clip in tokens, at least 1."""

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.compression.budget import check_budget, lookup, share_of
-from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.protocol import Rows, TokenStage
 from dycoke_jax.compression.ranking import exact_k, rank_in_row
-from dycoke_jax.config import LlavaConfig
-from dycoke_jax.models.signals import Signal
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 """Variances of the Gaussian functions that are added up as the similarity of two tokens."""
@@ -25,7 +23,7 @@ TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True)
-class VidCom2:
+class VidCom2(TokenStage):
     """Shares the budget over the frames by how unlike the clip they are, and keeps unlike tokens.
 
     1. Of the channels, the half with the lowest variance over the tokens of the clip is looked at.
@@ -59,19 +57,6 @@ class VidCom2:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", check_budget("VidCom2", self.budget))
-
-    @property
-    def signals(self) -> tuple[Signal, ...]:
-        """The features alone are looked at."""
-        return ()
-
-    @property
-    def stages(self) -> Compression:
-        """A token stage."""
-        return Compression(tokens=self)
-
-    def check(self, config: LlavaConfig, frames: int) -> None:
-        """Accepts every model and clip length."""
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget of a clip in tokens, at least 1."""

@@ -7,7 +7,7 @@ SigLIP that later papers compare with, from the port in github.com/cokeshao/Holi
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.checks import number
 from dycoke_jax.compression.budget import check_budget, share_of
-from dycoke_jax.compression.protocol import Compression, Rows
+from dycoke_jax.compression.protocol import Rows, TokenStage
 from dycoke_jax.compression.ranking import rank_in_row
 from dycoke_jax.compression.similarity import most_similar
-from dycoke_jax.config import LlavaConfig
 from dycoke_jax.models.signals import Signal
 
 
 @dataclass(frozen=True)
-class VisionZip:
+class VisionZip(TokenStage):
     """Keeps the most attended tokens of each frame, and merges the others into evenly spaced ones.
 
     1. The budget is shared evenly over the frames. Of a frame's part, the share ``dominant``,
@@ -56,20 +55,14 @@ class VisionZip:
     budget: float = 0.25
     dominant: float = 54 / 64
 
-    signals: ClassVar[tuple[Signal, ...]] = (Signal("attention"), Signal("mean_keys"))
-    """What ranks tokens, and what they are compared by."""
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", check_budget("VisionZip", self.budget))
         object.__setattr__(self, "dominant", number("VisionZip: dominant", self.dominant, 0, 1))
 
     @property
-    def stages(self) -> Compression:
-        """A token stage."""
-        return Compression(tokens=self)
-
-    def check(self, config: LlavaConfig, frames: int) -> None:
-        """Accepts every model and clip length."""
+    def signals(self) -> tuple[Signal, ...]:
+        """What ranks tokens, and what they are compared by."""
+        return (Signal("attention"), Signal("mean_keys"))
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget of a clip in tokens, at least 1."""
