@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.checks import number, whole_number
 from dycoke_jax.compression.budget import check_budget, lookup, share_of
-from dycoke_jax.compression.protocol import Rows, TokenStage
+from dycoke_jax.compression.protocol import Compression, Rows, TokenStage
 from dycoke_jax.compression.ttm import TokenMerging
 from dycoke_jax.errors import ConfigError
 
@@ -39,6 +39,11 @@ class RandomTokens(TokenStage):
     def __post_init__(self) -> None:
         _check_amount(self)
         object.__setattr__(self, "seed", whole_number("RandomTokens: seed", self.seed, 0))
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget in tokens, or as many tokens as temporal token merging keeps."""
@@ -91,6 +96,11 @@ class WholeFrames(TokenStage):
 
     def __post_init__(self) -> None:
         _check_amount(self)
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
 
     def kept_frames(self, frames: int, tokens: int) -> int:
         """Number of frames that are kept of a clip of this many."""

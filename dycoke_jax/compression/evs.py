@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dycoke_jax.checks import choice, number
 from dycoke_jax.compression.budget import check_budget, lookup, share_of
-from dycoke_jax.compression.protocol import Rows, TokenStage
+from dycoke_jax.compression.protocol import Compression, Rows, TokenStage
 from dycoke_jax.compression.ranking import exact_k
 from dycoke_jax.compression.similarity import cosine
 
@@ -67,6 +67,11 @@ class EVS(TokenStage):
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget of a clip in tokens, at least 1."""

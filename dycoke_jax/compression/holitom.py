@@ -125,6 +125,11 @@ class HoliTomTokens(TokenStage):
     beta: float
 
     @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
+
+    @property
     def signals(self) -> tuple[Signal, ...]:
         """What ranks dynamic tokens."""
         return (Signal("attention"),)

@@ -59,19 +59,13 @@ class _Stage(Protocol):
 class TokenStage(_Stage, Protocol):
     """Selects or merges the visual tokens of a clip before the language model reads them.
 
-    A class that derives from it is a compressor (``Compressor``) as it stands; it has to define
-    ``most_rows`` and ``select`` only.
+    A class that derives from it has to define ``most_rows`` and ``select`` only.
     """
 
     @property
     def signals(self) -> tuple[Signal, ...]:
         """What the stage wants of the vision tower, by default nothing; no more is computed."""
         return ()
-
-    @property
-    def stages(self) -> "Compression":
-        """This stage alone."""
-        return Compression(tokens=self)
 
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Accepts every model and clip length, by default; see ``_Stage``."""

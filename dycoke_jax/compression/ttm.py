@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dycoke_jax.compression.budget import kept_of
-from dycoke_jax.compression.protocol import Rows, TokenStage
+from dycoke_jax.compression.protocol import Compression, Rows, TokenStage
 from dycoke_jax.compression.similarity import cosine
 from dycoke_jax.config import LlavaConfig
 from dycoke_jax.errors import ConfigError
@@ -28,6 +28,11 @@ class TokenMerging(TokenStage):
 
     k: float
     mode: Mode = "paper"
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
 
     def check(self, config: LlavaConfig, frames: int) -> None:
         """Refuses models and clips on which the published code fails, in mode ``official``."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.checks import number
 from dycoke_jax.compression.budget import check_budget, lookup, share_of
-from dycoke_jax.compression.protocol import Rows, TokenStage
+from dycoke_jax.compression.protocol import Compression, Rows, TokenStage
 from dycoke_jax.compression.similarity import ROUNDING, equal_pairs
 from dycoke_jax.models.signals import Signal
 
@@ -78,6 +78,11 @@ class UniComp(TokenStage):
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
 
     @property
     def signals(self) -> tuple[Signal, ...]:

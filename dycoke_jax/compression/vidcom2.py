@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.compression.budget import check_budget, lookup, share_of
-from dycoke_jax.compression.protocol import Rows, TokenStage
+from dycoke_jax.compression.protocol import Compression, Rows, TokenStage
 from dycoke_jax.compression.ranking import exact_k, rank_in_row
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
@@ -57,6 +57,11 @@ class VidCom2(TokenStage):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", check_budget("VidCom2", self.budget))
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
 
     def most_rows(self, frames: int, tokens: int) -> int:
         """The budget of a clip in tokens, at least 1."""

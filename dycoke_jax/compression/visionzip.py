@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dycoke_jax.checks import number
 from dycoke_jax.compression.budget import check_budget, share_of
-from dycoke_jax.compression.protocol import Rows, TokenStage
+from dycoke_jax.compression.protocol import Compression, Rows, TokenStage
 from dycoke_jax.compression.ranking import rank_in_row
 from dycoke_jax.compression.similarity import most_similar
 from dycoke_jax.models.signals import Signal
@@ -58,6 +58,11 @@ class VisionZip(TokenStage):
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", check_budget("VisionZip", self.budget))
         object.__setattr__(self, "dominant", number("VisionZip: dominant", self.dominant, 0, 1))
+
+    @property
+    def stages(self) -> Compression:
+        """A token stage."""
+        return Compression(tokens=self)
 
     @property
     def signals(self) -> tuple[Signal, ...]:

@@ -37,10 +37,12 @@ _PICTURES = Stage(0, SceneSettings(1, 2, 6), BatchShape(24, accumulate=1, width=
 _SHORT = Stage(0, _ALL, _CLIPS, _HALF_MERGED, short=True)
 
 
-def _budgets(frames: int, sampled: int = 0, others: tuple[Stage, ...] = ()) -> Stage:
-    """The stage that draws the number of kept tokens, on clips of this many frames."""
+def _budgets(
+    frames: int, sampled: int = 0, *, steps: int = 0, others: tuple[Stage, ...] = ()
+) -> Stage:
+    """A stage that draws the number of kept tokens, on clips of this many frames."""
     return Stage(
-        2400,
+        steps,
         SceneSettings(frames, 2, 5),
         _CLIPS,
         DrawnBudgets(_MOST_TOKENS),
@@ -51,7 +53,10 @@ def _budgets(frames: int, sampled: int = 0, others: tuple[Stage, ...] = ()) -> S
     )
 
 
-_LONG = tuple(_budgets(128, sampled) for sampled in (16, 32, 64, 128))
+_IN_TURN = (
+    *(_budgets(16) for _ in range(3)),
+    *(_budgets(128, sampled) for sampled in (16, 32, 64, 128)),
+)
 
 STAGES = (
     # Most answer tokens of the task belong to its long answers, so short questions come first, for
@@ -67,8 +72,9 @@ STAGES = (
     # Attention distillation prepares the model for KV pruning.
     Stage(800, _ALL, _CLIPS, _HALF_MERGED, distilled_layer=DyCoke().layer),
     # Any number of tokens, chosen in many ways, also from clips that are longer than the language
-    # model could read whole.
-    _budgets(16, others=tuple(_budgets(16) for _ in range(3)) + _LONG),
+    # model could read whole. The same once more, for what long answers still lack.
+    _budgets(16, steps=2400, others=_IN_TURN),
+    _budgets(16, steps=1000, others=_IN_TURN),
 )
 """The stages of fine-tuning, in order."""
 _MONITORED = {"full": None, **{f"merged k={k}": TokenDropping(k) for k in (0.3, 0.7)}}
@@ -77,11 +83,11 @@ _BEFORE_LAST = sum(stage.steps for stage in STAGES[:-1])
 OPTIMISATION = Optimisation(
     steps=_BEFORE_LAST + STAGES[-1].steps,
     learning_rate=2e-3,
-    cycles=(Cycle(3000, 1e-3), Cycle(3800, 1e-3), Cycle(_BEFORE_LAST, 1e-3)),
+    cycles=(Cycle(3000, 1e-3), Cycle(3800, 1e-3), Cycle(4600, 1e-3), Cycle(_BEFORE_LAST, 7e-4)),
     tower=0,
     projector=0,
 )
-"""Settings of the optimiser in fine-tuning. The last three stages each start a new cycle."""
+"""Settings of the optimiser in fine-tuning. The last four stages each start a new cycle."""
 
 
 def train_tiny(
