@@ -34,8 +34,11 @@ def test_it_is_small_and_whole():
 def test_its_log_tells_how_it_learned():
     log = [json.loads(line) for line in (TINY / "training.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == sorted(entry["step"] for entry in log)
-    assert log[0]["loss"] > 3 > 0.2 > log[-1]["loss"]
-    assert log[-1]["evaluation"]["full"]["accuracy"] > 0.9
+    assert log[0]["loss"] > 3
+    # The loss of the last steps is no measure: they drop up to 95 % of the tokens.
+    of_held_out = log[-1]["evaluation"]
+    assert of_held_out["full"]["loss"] < 0.1
+    assert all(figures["accuracy"] > 0.9 for figures in of_held_out.values())
 
 
 def test_transformers_gives_the_same_greedy_answers(model):

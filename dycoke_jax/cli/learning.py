@@ -105,7 +105,7 @@ def train(
 
 @app.command(
     "train-tiny",
-    epilog="Example: `dycoke-jax train-tiny tiny-run`, which takes two hours on two CPU cores.",
+    epilog="Example: `dycoke-jax train-tiny tiny-run`, which takes three hours on two CPU cores.",
 )
 @compiles
 @with_settings
