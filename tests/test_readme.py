@@ -9,7 +9,7 @@ import pytest
 from dycoke_jax.assets import TINY
 from dycoke_jax.checkpoint import load_params, open_folder
 from dycoke_jax.checkpoint.fingerprint import fingerprint
-from dycoke_jax.evaluation.settings import HEADLINES
+from dycoke_jax.evaluation.settings import DEFAULT, HEADLINES
 from dycoke_jax.tasks.questions import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +58,20 @@ def test_table_holds_the_stored_figures(stored):
     asked = {kind: stored["settings"]["full"]["kinds"][kind]["asked"] for kind in KINDS}
     blind = sum(stored["blind"][kind] * asked[kind] for kind in KINDS) / sum(asked.values())
     assert table["all questions"][0] == f"{100 * blind:.1f}"
+
+
+def test_table_of_shares_holds_the_stored_figures(stored):
+    lines = ACCURACY.read_text().splitlines()
+    settings = {"0.3": "dycoke(k=0.3)", "0.5": "dycoke(k=0.5)", "0.7": DEFAULT}
+    for k, name in settings.items():
+        result = stored["settings"][name]
+        kinds = {kind: scores["accuracy"] for kind, scores in result["kinds"].items()}
+        worst = min(kinds, key=kinds.__getitem__)
+        low, high = result["all"]["interval"]
+        assert (
+            f"| `k={k}` | {result['merged']:.0f} | {100 * result['all']['accuracy']:.1f} "
+            f"({100 * low:.1f}-{100 * high:.1f}) | {worst} {100 * kinds[worst]:.0f} |"
+        ) in lines
 
 
 def test_text_names_the_numbers_of_clips_and_questions(stored):
